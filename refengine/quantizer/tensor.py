@@ -1,0 +1,3 @@
+"""A tensor in its stored encoding: a view of bytes that nobody has read yet."""
+
+from __future__ import annotations
