@@ -1,0 +1,319 @@
+"""The engine: the loop that joins scheduler, memory and executable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+
+from refengine import scheduler
+from refengine.backend import Backend
+from refengine.errors import ContextLengthError, MemoryManagerError, RequestError, TokenIdError
+from refengine.memory import KVCacheManager, KVGroupLayout, KVLayout
+from refengine.models import Model, ModelSpec
+from refengine.ops import FloatArray
+from refengine.program import Policy, StepBatch, plan_memory, policy
+from refengine.request import FinishReason, Output, Request
+from refengine.sampling import Sampled, sample
+from refengine.stopping import StopScanner
+from refengine.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine may hold.
+
+    Attributes:
+        policy: the precision policy's name.
+        token_budget: tokens computed per step at most.
+        max_sequences: requests running at once at most.
+        block_size: positions per KV block.
+        kv_tokens: positions the KV cache holds in layers that see the whole context; ``None`` for enough for
+            ``max_sequences`` full contexts, but at most 65,536 (or one context, where that is longer).
+    """
+
+    policy: str = "float32"
+    token_budget: int = 512
+    max_sequences: int = 16
+    block_size: int = 16
+    kv_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_sequences", "block_size"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
+            raise RequestError(
+                f"kv_tokens must be at least one block ({self.block_size}), not {self.kv_tokens}"
+            )
+
+
+class Engine:
+    """Runs any number of requests on one model, several per step.
+
+    Every request's tokens are what it would get alone: they depend on no other request and not on how its
+    work was cut into steps.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.model, self.backend, self.tokenizer = model, backend, tokenizer
+        chosen = policy(self.config.policy)
+        self.layout = kv_layout(model.spec, self.config, chosen)
+        self._memory = KVCacheManager(self.layout)
+        budget, sequences = self.config.token_budget, self.config.max_sequences
+        self.plan = plan_memory(model.program, chosen, {"T": budget, "S": sequences, "R": budget})
+        self._executable = backend.compile(
+            model.program,
+            chosen,
+            self.plan,
+            backend.upload(model.weights, chosen),
+            self.layout,
+            backend.create_cache(self.layout),
+        )
+        self._limits = scheduler.Limits(budget, sequences)
+        self._states: dict[int, _State] = {}
+        self._waiting: list[int] = []
+        self._running: list[int] = []
+        self._submitted = 0
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number.
+
+        Raises:
+            TokenIdError: a prompt or stop id outside the vocabulary.
+            ContextLengthError: it needs more positions than the model's context or the KV cache has.
+            RequestError: stop strings without a tokenizer.
+        """
+        spec = self.model.spec
+        for token in (*request.prompt, *request.stop_ids):
+            if not 0 <= token < spec.vocabulary_size:
+                raise TokenIdError(f"token id {token} is outside the vocabulary of {spec.vocabulary_size}")
+        self._check_room(len(request.prompt), request.max_tokens)
+        if request.stop and self.tokenizer is None:
+            raise RequestError("stop strings need an engine with a tokenizer; use stop_ids")
+        number, self._submitted = self._submitted, self._submitted + 1
+        decoder = (
+            self.tokenizer.stream_decoder(skip_special=True, continuation=True) if self.tokenizer else None
+        )
+        self._states[number] = _State(request, list(request.prompt), decoder, StopScanner(request.stop))
+        self._waiting.append(number)
+        return number
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._waiting or self._running)
+
+    def step(self) -> list[Output]:
+        """Advance by one step; returns an output for every token sampled and every request ended in it."""
+        if not self.has_work:
+            return []
+        decision = scheduler.schedule(
+            [self._job(n) for n in self._running],
+            [self._job(n) for n in self._waiting],
+            self._limits,
+            self._memory.free_blocks,
+            self._memory.missing,
+        )
+        for number in decision.preempt:
+            self._preempt(number)
+        if not decision.compute:
+            raise MemoryManagerError(
+                "no request can advance, although each alone would fit: a scheduler's bug"
+            )
+        self._running = sorted({*self._running, *(n for n, _ in decision.compute)})
+        self._waiting = [n for n in self._waiting if n not in self._running]
+        try:
+            batch, wanted = self._build_batch(decision.compute)
+            logits = self._executable.run(batch)
+            return self._advance(decision.compute, wanted, logits)
+        except Exception:
+            for number, _ in decision.compute:
+                self._drop(number)
+            raise
+
+    def abort(self, number: int) -> Output | None:
+        """End a request now and give back its memory; ``None`` where it has ended already."""
+        if number not in self._states:
+            return None
+        self._drop(number)
+        return Output(number, None, "", "abort")
+
+    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
+        """Logits ``[len(prompt), V]`` after each token of a prompt, in the policy's activation dtype.
+
+        Runs on its own, between the steps of whatever else is queued.
+
+        Raises:
+            RequestError: the prompt cannot be served, or other requests are unfinished.
+        """
+        if self.has_work:
+            raise RequestError("prompt logits are computed on an idle engine; finish or abort its requests")
+        number = self.submit(Request(tuple(prompt), max_tokens=0, keep_prompt_logits=True))
+        state = self._states[number]
+        while self.has_work:
+            self.step()
+        return np.concatenate(state.prompt_logits)
+
+    def _check_room(self, prompt: int, max_tokens: int) -> None:
+        context = self.model.spec.context_length
+        total = prompt + max_tokens
+        if total > context:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and {max_tokens} more are asked for, but the model's "
+                f"context is {context}: shorten the prompt or lower max_tokens"
+            )
+        for group, pool in enumerate(self.layout.groups):
+            seen = total if pool.window is None else min(total, pool.window + self.config.token_budget)
+            if seen > self._memory.capacity(group):
+                raise ContextLengthError(
+                    f"the request needs {seen} positions of KV cache and there are "
+                    f"{self._memory.capacity(group)}: shorten the prompt, lower max_tokens or raise kv_tokens"
+                )
+
+    def _job(self, number: int) -> scheduler.Job:
+        state = self._states[number]
+        return scheduler.Job(number, len(state.tokens), state.computed, self._memory.held(number))
+
+    def _build_batch(self, compute: Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
+        """The step's arrays, and for every row of logits the request it belongs to."""
+        spans = []
+        for number, count in compute:
+            start = self._states[number].computed
+            self._memory.grow(number, start + count)
+            spans.append((number, start, start + count))
+        starts = [0, *accumulate(stop - start for _, start, stop in spans)]
+        rows: list[int] = []
+        wanted: list[int] = []
+        for (number, start, stop), top in zip(spans, starts, strict=False):
+            state = self._states[number]
+            first = 0 if state.request.keep_prompt_logits else stop - start - 1
+            if state.request.keep_prompt_logits or stop == len(state.tokens):
+                rows += range(top + first, top + stop - start)
+                wanted += [number] * (stop - start - first)
+        groups = range(len(self.layout.groups))
+        numbers = [number for number, _, _ in spans]
+        batch = StepBatch(
+            token_ids=_int32([t for n, start, stop in spans for t in self._states[n].tokens[start:stop]]),
+            positions=_int32([p for _, start, stop in spans for p in range(start, stop)]),
+            query_starts=_int32(starts),
+            context_lens=_int32([stop for _, _, stop in spans]),
+            logit_rows=_int32(rows),
+            slot_mapping=tuple(
+                np.concatenate([self._memory.tables(n)[g].slots(start, stop) for n, start, stop in spans])
+                for g in groups
+            ),
+            block_tables=tuple(self._memory.padded_tables(numbers, g) for g in groups),
+        )
+        return batch, wanted
+
+    def _advance(
+        self, compute: Sequence[tuple[int, int]], wanted: Sequence[int], logits: FloatArray
+    ) -> list[Output]:
+        """Account for a computed step: sample where a request's tokens are all computed, release, end."""
+        outputs = []
+        for number, count in compute:
+            state = self._states[number]
+            state.computed += count
+            self._memory.release_passed(number, state.computed)
+            rows = logits[[i for i, owner in enumerate(wanted) if owner == number]]
+            if state.request.keep_prompt_logits:
+                state.prompt_logits.append(rows)
+            if state.computed < len(state.tokens):
+                continue
+            sampled = None
+            if state.generated < state.request.max_tokens:
+                sampled = sample(rows[-1], state.request.sampling, state.tokens, state.generated)
+            output = state.accept(number, sampled)
+            outputs.append(output)
+            if output.finish_reason:
+                self._drop(number)
+        return outputs
+
+    def _preempt(self, number: int) -> None:
+        """Take a running request's memory; it will be computed again, with the same result."""
+        self._memory.release(number)
+        self._states[number].restart()
+        self._running.remove(number)
+        self._waiting = sorted([*self._waiting, number])
+
+    def _drop(self, number: int) -> None:
+        self._memory.release(number)
+        self._states.pop(number, None)
+        self._waiting = [n for n in self._waiting if n != number]
+        self._running = [n for n in self._running if n != number]
+
+
+@dataclass
+class _State:
+    """A request on its way: its tokens, and how many of them are in the cache."""
+
+    request: Request
+    tokens: list[int]
+    decoder: StreamDecoder | None
+    scanner: StopScanner
+    computed: int = 0
+    prompt_logits: list[FloatArray] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def restart(self) -> None:
+        """Forget what was computed, not what was generated."""
+        self.computed = 0
+        self.prompt_logits = []
+
+    def accept(self, number: int, sampled: Sampled | None) -> Output:
+        """Take a sampled token (none where no more may come); tells what to show and whether this ends it."""
+        if sampled is None:
+            return Output(number, None, self._flush(), "length")
+        self.tokens.append(sampled.token)
+        if sampled.token in self.request.stop_ids:
+            return Output(number, sampled, self._flush(), "stop")
+        text, stopped = self.scanner.push(self.decoder.push(sampled.token)) if self.decoder else ("", False)
+        reason: FinishReason | None = "stop" if stopped else None
+        if not stopped and self.generated == self.request.max_tokens:
+            text, reason = text + self._flush(), "length"
+        return Output(number, sampled, text, reason)
+
+    def _flush(self) -> str:
+        if self.decoder is None:
+            return ""
+        text, stopped = self.scanner.push(self.decoder.finish())
+        return text if stopped else text + self.scanner.finish()
+
+
+def kv_layout(spec: ModelSpec, config: EngineConfig, chosen: Policy) -> KVLayout:
+    """The KV cache of a model under a configuration: one pool per group of layers with the same window.
+
+    A windowed group needs room for the window and one step's tokens of each running request, whatever the
+    length of their contexts.
+    """
+    block = config.block_size
+    tokens = config.kv_tokens or min(
+        spec.context_length * config.max_sequences, max(spec.context_length, 65536)
+    )
+    full = KVGroupLayout(None, (), -(-tokens // block))
+    groups = []
+    for group in spec.kv_groups:
+        shapes = tuple((i, spec.layers[i].kv_heads, spec.layers[i].head_size) for i in group.layers)
+        blocks = full.num_blocks
+        if group.window is not None:
+            per_request = -(-(group.window + config.token_budget) // block) + 1
+            blocks = min(blocks, per_request * config.max_sequences)
+        groups.append(replace(full, window=group.window, layers=shapes, num_blocks=blocks))
+    return KVLayout(block, chosen.kv, tuple(groups))
+
+
+def _int32(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(values, np.int32)

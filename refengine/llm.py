@@ -1,0 +1,189 @@
+"""The Python API: a model by name, and text out of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refengine import backend as backends
+from refengine import loader
+from refengine.engine import Engine, EngineConfig
+from refengine.errors import ContextLengthError, RequestError
+from refengine.models import Model, build
+from refengine.ops import FloatArray
+from refengine.request import FinishReason, Output, Request
+from refengine.sampling import Sampled, SamplingParams
+from refengine.tokenizer import Tokenizer, build_tokenizer
+from refengine.tokenizer.chat_template import ChatTemplate
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+Message = Mapping[str, Any]
+"""``{"role": "user", "content": "…"}``."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished answer.
+
+    Attributes:
+        text: what was generated, without the stop string that ended it.
+        tokens: the sampled tokens, with logprobs where asked for.
+        finish_reason: ``stop``, ``length`` or ``abort``.
+        prompt_tokens: ids of the prompt as the model saw it.
+    """
+
+    text: str
+    tokens: tuple[Sampled, ...]
+    finish_reason: FinishReason
+    prompt_tokens: tuple[int, ...]
+
+
+def load(
+    name: str,
+    *,
+    backend: str = "auto",
+    config: EngineConfig | None = None,
+    progress: loader.Progress | None = None,
+) -> LLM:
+    """Load a model.
+
+    Args:
+        name: a name in the catalogue (``smollm2``), a path to a GGUF file, or ``owner/repo[:quant]`` on the
+            hub; fetched on first use, verified and cached.
+        backend: a backend's name, or ``auto`` for the fastest that can run here.
+        config: limits of the engine.
+        progress: told of a download's progress.
+
+    Raises:
+        ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError: see
+            ``refengine.errors``.
+    """
+    checkpoint = loader.open(name, progress=progress)
+    tokenizer = build_tokenizer(checkpoint.metadata)
+    model = build(checkpoint)
+    if tokenizer.vocabulary_size > model.spec.vocabulary_size:
+        raise checkpoint.metadata.error(
+            "tokenizer.ggml.tokens",
+            f"has {tokenizer.vocabulary_size} entries, the embedding only {model.spec.vocabulary_size} rows",
+        )
+    return LLM(model, tokenizer, Engine(model, backends.load(backend), config, tokenizer))
+
+
+class LLM:
+    """A model with its tokenizer and an engine."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.model, self.tokenizer, self.engine = model, tokenizer, engine
+        self._outputs: dict[int, deque[Output]] = {}
+
+    def generate(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
+                 **sampling: Any) -> Completion:  # fmt: skip
+        """Continue a prompt.
+
+        Args:
+            prompt: text (special tokens in it are text), or token ids.
+            max_tokens: how many tokens to generate at most; ``None`` for as many as the context holds.
+            stop: strings that end the output.
+            sampling: fields of ``SamplingParams``; greedy by default.
+
+        Raises:
+            ContextLengthError: prompt and output do not fit the context.
+            RequestError: a parameter out of range.
+        """
+        return self.generate_many([prompt], max_tokens=max_tokens, stop=stop, **sampling)[0]
+
+    def generate_many(self, prompts: Sequence[Prompt], *, max_tokens: int | None = None,
+                      stop: Sequence[str] = (), **sampling: Any) -> list[Completion]:  # fmt: skip
+        """Continue several prompts at once; each gets what it would get alone."""
+        requests = [self._request(self._ids(p), max_tokens, stop, sampling) for p in prompts]
+        numbers = [self._submit(request) for request in requests]
+        completions = []
+        for number, request in zip(numbers, requests, strict=True):
+            outputs = list(self._follow(number))
+            completions.append(
+                Completion(
+                    "".join(output.text for output in outputs),
+                    tuple(output.sampled for output in outputs if output.sampled),
+                    outputs[-1].finish_reason or "abort",
+                    request.prompt,
+                )
+            )
+        return completions
+
+    def stream(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
+               **sampling: Any) -> Iterator[Output]:  # fmt: skip
+        """Continue a prompt, token by token. Closing the iterator aborts the request."""
+        return self._follow(self._submit(self._request(self._ids(prompt), max_tokens, stop, sampling)))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation under the model's chat template, ready for the answer.
+
+        Raises:
+            RequestError: the model has no chat template, or the messages are malformed.
+            TemplateError: the template failed.
+        """
+        source = self.tokenizer.chat_template
+        if source is None:
+            raise RequestError("this model has no chat template: give it text to continue instead")
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        template = ChatTemplate(
+            source,
+            bos_token="" if bos is None else self.tokenizer.decode([bos]),
+            eos_token="" if eos is None else self.tokenizer.decode([eos]),
+        )
+        return self.tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
+
+    def logits(self, prompt: Prompt) -> FloatArray:
+        """Logits ``[tokens, vocabulary]`` after each token of a prompt."""
+        return self.engine.prompt_logits(self._ids(prompt))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _request(
+        self, ids: Sequence[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+    ) -> Request:
+        if isinstance(stop, str):
+            stop = (stop,)
+        if max_tokens is None:
+            max_tokens = self.model.spec.context_length - len(ids)
+            if max_tokens < 1:
+                raise ContextLengthError(
+                    f"the prompt has {len(ids)} tokens, and the model's context is "
+                    f"{self.model.spec.context_length}: shorten the prompt"
+                )
+        unknown = set(sampling) - set(SamplingParams.__dataclass_fields__)
+        if unknown:
+            raise RequestError(
+                f"unknown sampling parameter {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(SamplingParams.__dataclass_fields__)}"
+            )
+        return Request(
+            tuple(ids), max_tokens, SamplingParams(**sampling), frozenset(self.tokenizer.end_ids), tuple(stop)
+        )
+
+    def _submit(self, request: Request) -> int:
+        number = self.engine.submit(request)
+        self._outputs[number] = deque()
+        return number
+
+    def _follow(self, number: int) -> Iterator[Output]:
+        """The outputs of one request, stepping the engine for all of them."""
+        mine = self._outputs[number]
+        try:
+            while True:
+                while not mine:
+                    for output in self.engine.step():
+                        if output.request in self._outputs:
+                            self._outputs[output.request].append(output)
+                output = mine.popleft()
+                yield output
+                if output.finish_reason:
+                    return
+        finally:
+            del self._outputs[number]
+            self.engine.abort(number)

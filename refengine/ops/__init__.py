@@ -1,0 +1,67 @@
+"""The golden operations: what every backend must compute, written in NumPy.
+
+This package is itself the namespace of ops that the decoder takes: given ``refengine.ops`` it runs
+eagerly; given a tracer with the same names it is recorded (``refengine.program``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from refengine.ops.arrays import FloatArray, IndexArray
+from refengine.ops.attention import LayerCache, attention, kv_write
+from refengine.ops.elementwise import Activation, add, gated, scale, softcap
+from refengine.ops.linear import embedding, linear
+from refengine.ops.norm import rms_norm
+from refengine.ops.registry import Op, declared
+from refengine.ops.rope import Pairing, rope, rope_table
+from refengine.ops.shape import merge_heads, split_heads, take_rows
+from refengine.ops.signature import Dim, Shape, ShapeError
+
+OPS: Mapping[str, Op] = MappingProxyType(
+    declared(
+        embedding,
+        scale,
+        rope_table,
+        rms_norm,
+        linear,
+        split_heads,
+        merge_heads,
+        rope,
+        kv_write,
+        attention,
+        add,
+        gated,
+        softcap,
+        take_rows,
+    )
+)
+"""The instruction set, in the order in which a decoder meets it."""
+
+__all__ = [
+    "OPS",
+    "Activation",
+    "Dim",
+    "FloatArray",
+    "IndexArray",
+    "LayerCache",
+    "Op",
+    "Pairing",
+    "Shape",
+    "ShapeError",
+    "add",
+    "attention",
+    "embedding",
+    "gated",
+    "kv_write",
+    "linear",
+    "merge_heads",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "scale",
+    "softcap",
+    "split_heads",
+    "take_rows",
+]

@@ -1,0 +1,51 @@
+"""What makes a function a golden op: its name, its signature, and whose memory its result may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from refengine.ops.signature import Signature, parse_signature
+
+Sharing = Literal["fresh", "in_place", "view", "state"]
+"""How a result relates to the first operand's memory.
+
+``fresh``: new memory. ``in_place``: may overwrite the first operand, where nobody needs that any more.
+``view``: the same memory under another shape. ``state``: the first operand itself, changed (the KV cache).
+"""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the instruction set.
+
+    Attributes:
+        name: what the decoder calls it.
+        golden: the NumPy function that defines it, ``golden(*operands, **attributes, out=None)``.
+        signature: operands and result with their shapes.
+        sharing: how the result relates to the first operand's memory.
+    """
+
+    name: str
+    golden: Callable[..., Any]
+    signature: Signature
+    sharing: Sharing
+
+
+def op(signature: str, *, sharing: Sharing = "fresh") -> Callable[[F], F]:
+    """Declare a golden op; the function stays an ordinary function."""
+    parsed = parse_signature(signature)
+
+    def declare(function: F) -> F:
+        function.__dict__["op"] = Op(function.__name__, function, parsed, sharing)
+        return function
+
+    return declare
+
+
+def declared(*functions: Callable[..., Any]) -> dict[str, Op]:
+    """The ops that these functions declare, by name, in this order."""
+    return {function.__name__: function.__dict__["op"] for function in functions}

@@ -1,0 +1,26 @@
+"""Ops that move or rename elements without computing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refengine.ops.arrays import FloatArray, IndexArray
+from refengine.ops.registry import op
+
+
+@op("x[T, N] -> [T, heads, N/heads]", sharing="view")
+def split_heads(x: FloatArray, *, heads: int) -> FloatArray:
+    """The same memory, seen as heads."""
+    return x.reshape(x.shape[0], heads, -1)
+
+
+@op("x[T, H, D] -> [T, H*D]", sharing="view")
+def merge_heads(x: FloatArray) -> FloatArray:
+    """The same memory, heads side by side."""
+    return x.reshape(x.shape[0], -1)
+
+
+@op("x[T, N], rows[R] -> [R, N]")
+def take_rows(x: FloatArray, rows: IndexArray, *, out: FloatArray | None = None) -> FloatArray:
+    """``x[rows]``: the tokens whose logits somebody wants."""
+    return np.take(x, rows, axis=0, out=out)

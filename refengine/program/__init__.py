@@ -1,0 +1,29 @@
+"""Programs: the traced decoder, its precision and its memory plan."""
+
+from __future__ import annotations
+
+from refengine.program.ir import Instruction, Program, Value, concrete
+from refengine.program.plan import MemoryPlan, Placement, plan_memory
+from refengine.program.precision import POLICIES, Policy, policy
+from refengine.program.step_batch import StepBatch, StepInputs, check_step_batch
+from refengine.program.tracer import SymbolicWeights, Tracer, input_arrays, symbolic_inputs
+
+__all__ = [
+    "POLICIES",
+    "Instruction",
+    "MemoryPlan",
+    "Placement",
+    "Policy",
+    "Program",
+    "StepBatch",
+    "StepInputs",
+    "SymbolicWeights",
+    "Tracer",
+    "Value",
+    "check_step_batch",
+    "concrete",
+    "input_arrays",
+    "plan_memory",
+    "policy",
+    "symbolic_inputs",
+]

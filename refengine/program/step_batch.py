@@ -1,0 +1,103 @@
+"""The inputs of one step: which tokens, at which positions, of which sequences, reading which blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refengine.errors import RequestError, TokenIdError
+
+A = TypeVar("A")
+IndexArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class StepInputs(Generic[A]):
+    """The arrays of a step, under the field's names; ``A`` is an array, or its symbol while tracing.
+
+    Shapes: T tokens, S sequences, R rows whose logits are wanted, one entry per KV group (layers with the
+    same attention window share their block tables).
+    """
+
+    token_ids: A  # [T]
+    positions: A  # [T], position of each token in its sequence
+    query_starts: A  # [S + 1], first row of each sequence, then T
+    context_lens: A  # [S], positions in the cache once this step is written
+    logit_rows: A  # [R], rows of T
+    slot_mapping: tuple[A, ...]  # per group [T]: block · block_size + offset
+    block_tables: tuple[A, ...]  # per group [S, M]; M covers the longest context
+
+
+StepBatch = StepInputs[IndexArray]
+"""A step's real arrays, all int32."""
+
+
+def check_step_batch(
+    batch: StepBatch,
+    *,
+    vocabulary_size: int,
+    num_blocks: tuple[int, ...],
+    windows: tuple[int | None, ...],
+    block_size: int,
+) -> None:
+    """Refuse a batch that would make an op read or write outside its arrays.
+
+    Every backend calls this (or proves the same) before any address is formed. Entries of
+    ``block_tables`` are checked where some query of the sequence reads them: blocks that a window has
+    passed may be named by anything.
+
+    Args:
+        batch: the step.
+        vocabulary_size: rows of the embedding.
+        num_blocks: blocks in the pool of each KV group.
+        windows: attention window of each KV group, ``None`` for the whole context.
+        block_size: positions per block.
+
+    Raises:
+        TokenIdError: a token id outside the vocabulary.
+        RequestError: anything else out of range or of the wrong shape.
+    """
+    tokens, sequences = len(batch.token_ids), len(batch.context_lens)
+    if tokens == 0 or sequences == 0:
+        raise RequestError("a step needs at least one token and one sequence")
+    if not _within(batch.token_ids, vocabulary_size):
+        raise TokenIdError(
+            f"token ids lie between {batch.token_ids.min()} and {batch.token_ids.max()}, "
+            f"but the vocabulary has {vocabulary_size} entries"
+        )
+    starts = batch.query_starts
+    lengths = np.diff(starts)
+    if starts.shape != (sequences + 1,) or starts[0] != 0 or starts[-1] != tokens or (lengths < 1).any():
+        raise RequestError(
+            f"query_starts {starts.tolist()} does not cut {tokens} tokens into {sequences} parts"
+        )
+    if (batch.context_lens < lengths).any():
+        raise RequestError("a sequence has more tokens in the step than positions in its context")
+    if batch.positions.shape != (tokens,) or not np.array_equal(
+        batch.positions, np.repeat(batch.context_lens - starts[1:], lengths) + np.arange(tokens)
+    ):
+        raise RequestError("positions are not the last ones of each context")
+    if not _within(batch.logit_rows, tokens):
+        raise RequestError(f"logit_rows {batch.logit_rows.tolist()} lie outside the step's {tokens} tokens")
+    if not len(batch.slot_mapping) == len(batch.block_tables) == len(num_blocks):
+        raise RequestError(f"the model has {len(num_blocks)} KV groups, the step names another number")
+    first_positions = batch.context_lens - lengths
+    ends = -(-batch.context_lens // block_size)
+    for slots, tables, blocks, window in zip(
+        batch.slot_mapping, batch.block_tables, num_blocks, windows, strict=True
+    ):
+        if slots.shape != (tokens,) or not _within(slots, blocks * block_size):
+            raise RequestError(f"slot_mapping leaves the pool of {blocks} blocks of {block_size}")
+        if tables.shape[0] != sequences or tables.shape[1] < ends.max():
+            raise RequestError(f"block_tables {list(tables.shape)} are too small for {sequences} sequences")
+        for table, first, end in zip(tables, first_positions, ends, strict=True):
+            seen_from = 0 if window is None else max(0, int(first) - window + 1)
+            if not _within(table[seen_from // block_size : end], blocks):
+                raise RequestError(f"block_tables name a block outside the pool of {blocks}")
+
+
+def _within(values: NDArray[np.integer], end: int) -> bool:
+    return len(values) == 0 or (values.min() >= 0 and values.max() < end)
