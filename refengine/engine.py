@@ -148,19 +148,19 @@ class Engine:
         self._drop(number)
         return Output(number, None, "", "abort")
 
-    def prompt_logits(self, prompt: Sequence[int]) -> FloatArray:
-        """Logits ``[len(prompt), V]`` after each token of a prompt, in the policy's activation dtype.
+    def prompt_logits(self, prompt: Sequence[int], first: int = 0) -> FloatArray:
+        """Logits ``[len(prompt) - first, V]`` after each token of a prompt from ``first`` on.
 
-        Runs on its own, between the steps of whatever else is queued.
+        In the policy's activation dtype.
 
         Raises:
             RequestError: the prompt cannot be served, or other requests are unfinished.
         """
         if self.has_work:
             raise RequestError("prompt logits are computed on an idle engine; finish or abort its requests")
-        number = self.submit(Request(tuple(prompt), max_tokens=0, keep_prompt_logits=True))
+        number = self.submit(Request(tuple(prompt), max_tokens=0, logits_from=first))
         state = self._states[number]
-        while self.has_work:
+        while number in self._states:
             self.step()
         return np.concatenate(state.prompt_logits)
 
@@ -195,11 +195,9 @@ class Engine:
         rows: list[int] = []
         wanted: list[int] = []
         for (number, start, stop), top in zip(spans, starts, strict=False):
-            state = self._states[number]
-            first = 0 if state.request.keep_prompt_logits else stop - start - 1
-            if state.request.keep_prompt_logits or stop == len(state.tokens):
-                rows += range(top + first, top + stop - start)
-                wanted += [number] * (stop - start - first)
+            first = self._states[number].first_logits()
+            rows += range(top + max(first - start, 0), top + stop - start)
+            wanted += [number] * (stop - max(first, start))
         groups = range(len(self.layout.groups))
         numbers = [number for number, _, _ in spans]
         batch = StepBatch(
@@ -226,7 +224,7 @@ class Engine:
             state.computed += count
             self._memory.release_passed(number, state.computed)
             rows = logits[[i for i, owner in enumerate(wanted) if owner == number]]
-            if state.request.keep_prompt_logits:
+            if state.request.logits_from is not None:
                 state.prompt_logits.append(rows)
             if state.computed < len(state.tokens):
                 continue
@@ -267,6 +265,11 @@ class _State:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def first_logits(self) -> int:
+        """The first token after which logits are wanted: the last known one, or where the request says."""
+        wanted = self.request.logits_from
+        return len(self.tokens) - 1 if wanted is None else wanted
 
     def restart(self) -> None:
         """Forget what was computed, not what was generated."""

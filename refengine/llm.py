@@ -137,9 +137,9 @@ class LLM:
         )
         return self.tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
 
-    def logits(self, prompt: Prompt) -> FloatArray:
-        """Logits ``[tokens, vocabulary]`` after each token of a prompt."""
-        return self.engine.prompt_logits(self._ids(prompt))
+    def logits(self, prompt: Prompt, *, first: int = 0) -> FloatArray:
+        """Logits ``[tokens - first, vocabulary]`` after each token of a prompt from ``first`` on."""
+        return self.engine.prompt_logits(self._ids(prompt), first)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

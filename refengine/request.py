@@ -24,10 +24,11 @@ class Request:
         sampling: how they are chosen.
         stop_ids: tokens that end the output; the one that does is reported, but is no part of the text.
         stop: strings that end the output and are no part of it.
-        keep_prompt_logits: whether to keep the logits of every token of the prompt.
+        logits_from: keep the logits after every prompt token from this one on; ``None`` keeps none.
 
     Raises:
-        RequestError: an empty prompt, a negative ``max_tokens``, an empty stop string or too many.
+        RequestError: an empty prompt, a negative ``max_tokens``, an empty stop string or too many,
+            ``logits_from`` outside the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -35,13 +36,15 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    keep_prompt_logits: bool = False
+    logits_from: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise RequestError("the prompt is empty: it needs at least one token")
         if self.max_tokens < 0:
             raise RequestError(f"max_tokens must be at least 0, not {self.max_tokens}")
+        if self.logits_from is not None and not 0 <= self.logits_from < len(self.prompt):
+            raise RequestError(f"the prompt has {len(self.prompt)} tokens, and none at {self.logits_from}")
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty")
 

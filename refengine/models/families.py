@@ -126,7 +126,7 @@ def _rope(hyper: HyperParameters, pairing: Pairing, head_size: int, factors: np.
     if dims % 2 or dims > head_size:
         raise hyper.error("rope.dimension_count", f"is {dims}: it must be even and at most {head_size}")
     base = hyper.positive("rope.freq_base", 10000.0)
-    kind = hyper.string("rope.scaling.type", "none")
+    kind = hyper.string("rope.scaling.type", "linear" if "rope.scaling.factor" in hyper else "none")
     magnitude = 1.0
     if "rope.scale_linear" in hyper:  # before the key rope.scaling.type existed
         frequencies = linear_frequencies(base, dims, hyper.positive("rope.scale_linear"))
@@ -157,10 +157,12 @@ def _gemma3(spec: ModelSpec, hyper: HyperParameters) -> ModelSpec:
 
     Local layers see a window and rotate with a base of their own, unscaled; only global layers have the
     file's base and scaling. The pattern and the local base are the architecture's constants unless the
-    file says otherwise.
+    file says otherwise. The 27B model, known by its 62 layers, scales scores by its width per head.
     """
     count = len(spec.layers)
-    if isinstance(hyper.metadata.get(f"{hyper.architecture}.attention.sliding_window_pattern"), np.ndarray):
+    if "attention.sliding_window" not in hyper:
+        local = (False,) * count
+    elif isinstance(hyper.metadata.get(f"{hyper.architecture}.attention.sliding_window_pattern"), np.ndarray):
         local = hyper.flags("attention.sliding_window_pattern", count)
     else:
         period = hyper.count("attention.sliding_window_pattern", 6)
@@ -175,6 +177,10 @@ def _gemma3(spec: ModelSpec, hyper: HyperParameters) -> ModelSpec:
     if "attn_logit_softcapping" in hyper:
         cap = hyper.positive("attn_logit_softcapping")
         layers = tuple(replace(layer, attention_softcap=cap) for layer in layers)
+    if count == 62 and "attention.scale" not in hyper:
+        layers = tuple(
+            replace(layer, attention_scale=math.sqrt(layer.heads / spec.hidden_size)) for layer in layers
+        )
     return replace(
         spec,
         layers=layers,
@@ -189,6 +195,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(pairing="interleaved"),
         "mistral": Family(pairing="interleaved"),
+        "mistral3": Family(pairing="interleaved"),
         "qwen2": Family(pairing="halves", layer_weights=frozenset({"q_bias", "k_bias", "v_bias"})),
         "qwen3": Family(pairing="halves", layer_weights=frozenset({"q_norm", "k_norm"})),
         "gemma3": Family(

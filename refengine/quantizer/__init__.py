@@ -1,0 +1,15 @@
+"""Encodings of stored weights: what their bytes mean, and tensors that decode only when asked.
+
+Most encodings here are *block* encodings: a row of a tensor is cut into blocks of 32 or 256 consecutive
+weights, and each block stores small integers beside one or more scales. ``encodings`` names them and gives
+their sizes; each family's bytes are specified, in a table and in NumPy, in its own module: ``plain``,
+``classic``, ``k_quants``, ``iq4`` and ``mxfp4``.
+"""
+
+from __future__ import annotations
+
+from refengine.quantizer.decode import decode
+from refengine.quantizer.encodings import ENCODINGS, Encoding, encoding
+from refengine.quantizer.tensor import LazyTensor
+
+__all__ = ["ENCODINGS", "Encoding", "LazyTensor", "decode", "encoding"]

@@ -1,0 +1,29 @@
+"""Encodings without blocks: every weight is one little-endian floating-point number.
+
+A decoder takes ``blocks`` [n, block_bytes] and writes ``weights`` [n, 1]: here a block is a single weight.
+
+Sources: IEEE 754-2019 for binary32 and binary16; bfloat16 is the upper half of a binary32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def f32(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
+    """binary32: the bits are the weight's, NaN payloads included."""
+    weights[...] = blocks.view("<f4")
+
+
+def f16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
+    """binary16: 1 sign, 5 exponent and 10 fraction bits. Exact; a NaN becomes any NaN."""
+    weights[...] = blocks.view("<f2")
+
+
+def bf16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
+    """bfloat16: 1 sign, 8 exponent and 7 fraction bits, the upper 16 of a binary32 whose lower 16 are zero.
+
+    Exact, NaN payloads included.
+    """
+    np.left_shift(blocks.view("<u2"), 16, out=weights.view(np.uint32), dtype=np.uint32)

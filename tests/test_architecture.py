@@ -1,0 +1,87 @@
+"""The house keeps its floors, and its front door stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import refengine
+
+ROOT = Path(refengine.__file__).parent
+
+FLOORS = [
+    {"errors"},
+    {"quantizer", "ops", "memory", "scheduler"},
+    {"program"},
+    {"loader", "tokenizer"},
+    {"models"},
+    {"backend"},
+    {"sampling", "stopping"},
+    {"request"},
+    {"engine"},
+    {"llm"},
+    {"cli"},
+]
+"""From the ground up; a name is a package or a module of refengine."""
+
+MAY_KNOW_THE_LIBRARY_ONLY = {"__init__"}
+
+
+def floor(name: str) -> int:
+    return next(level for level, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path: Path) -> set[str]:
+    """Names of refengine that a file imports: ``refengine.ops.norm`` is ``ops``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "refengine":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refengine."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("refengine.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_or_stay(path: Path) -> None:
+    """No file imports from a higher floor, nor from another folder of its own."""
+    home = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if home in MAY_KNOW_THE_LIBRARY_ONLY:
+        return
+    for name in imports(path) - {home, "__version__"}:
+        known = name if any(name in names for names in FLOORS) else "llm"  # a name of the public API
+        assert floor(known) < floor(home), (
+            f"{home} (floor {floor(home)}) imports {name} (floor {floor(known)})"
+        )
+
+
+def test_importing_refengine_loads_nothing_heavy() -> None:
+    """``import refengine`` imports neither NumPy nor any backend; the API is there when asked for."""
+    heavy = "{'numpy', 'jinja2', 'tokenizers', 'rich', 'click', 'refengine.engine', 'refengine.backend'}"
+    code = f"import sys, refengine; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_public_names() -> None:
+    """What ``refengine`` promises, and nothing by accident."""
+    assert sorted(refengine.__all__) == [
+        "Completion",
+        "Engine",
+        "EngineConfig",
+        "LLM",
+        "Output",
+        "Request",
+        "SamplingParams",
+        "load",
+    ]
+    for name in refengine.__all__:
+        assert getattr(refengine, name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        refengine.nonsense  # noqa: B018
