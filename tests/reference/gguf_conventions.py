@@ -4,10 +4,11 @@ These are the conventions of llama.cpp's ``convert_hf_to_gguf.py`` (its package 
 name the method each comes from, and the default that llama.cpp's loader takes where a key is absent. Tensor
 names come from the `gguf` package's own map.
 
-Checked against llama.cpp as llama-cpp-python 0.3.36 has it: for every variant of `tiny_checkpoints` its converter
-writes the same tensors bit for bit and the same keys, but for what the variant states, and its engine gives the
-float64 logits to 2·10⁻⁵ where weights are float32 (Gemma's to 2·10⁻²: its GELU is a table in float16). It ignores
-the sliding window of `mistral-window` and the betas of `qwen2-yarn`, and refuses `mistral-named`.
+Checked against llama.cpp as llama-cpp-python 0.3.36 has it: for every variant of `tiny_checkpoints` its
+converter writes the same tensors bit for bit and the same keys, but for what the variant states, and
+its engine gives the float64 logits to 2·10⁻⁵ where weights are float32 (Gemma's to 2·10⁻²: its GELU is
+a table in float16). It ignores the sliding window of `mistral-window` and the betas of `qwen2-yarn`,
+and refuses `mistral-named`.
 """
 
 from __future__ import annotations

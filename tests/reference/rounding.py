@@ -32,7 +32,7 @@ from refengine.program import Instruction, StepBatch, input_arrays
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53}
 
-_RUNS = 3
+_RUNS = 2
 _BLOCK_SIZE = 16
 
 
@@ -46,7 +46,7 @@ def deviation(
     exact = _run(model, token_ids, rows, weights, None)
     largest = np.zeros(len(rows))
     for seed in range(_RUNS):
-        noisy = _run(model, token_ids, rows, weights, np.random.default_rng(seed))
+        noisy = _run(model, token_ids, rows, weights, _Noise(seed, weights))
         largest = np.maximum(largest, np.abs(noisy - exact).max(axis=1))
     return exact, largest
 
@@ -61,7 +61,7 @@ def _run(
     token_ids: Sequence[int],
     rows: Sequence[int],
     weights: Mapping[str, NDArray[np.float64]],
-    rng: np.random.Generator | None,
+    noise: _Noise | None,
 ) -> NDArray[np.float64]:
     tokens, groups = len(token_ids), len(model.spec.kv_groups)
     blocks = -(-tokens // _BLOCK_SIZE)
@@ -85,40 +85,46 @@ def _run(
             values[leaf.index] = (inputs if leaf.kind == "input" else weights)[leaf.name]
     for instruction in model.program:
         operands = [None if v is None else values[v.index] for v in instruction.operands]
-        if rng is None:
+        if noise is None:
             result = instruction.op.golden(*operands, **instruction.attributes)
         else:
-            result = _noisy(instruction, operands, rng, UNIT_ROUNDOFF["float32"])
+            result = noise.apply(instruction, operands)
         values[instruction.result.index] = result
     return values[model.program.output.index]  # type: ignore[return-value]
 
 
-def _noisy(instruction: Instruction, operands: list, rng: np.random.Generator, u: float) -> object:
-    """The op's result with a random error of the size its float32 evaluation may have."""
-    golden, attributes = instruction.op.golden, instruction.attributes
+class _Noise:
+    """Adds to each op's result a random error of the size that its float32 evaluation may have."""
 
-    def noise(shape: tuple[int, ...]) -> NDArray[np.float64]:
-        return rng.standard_normal(shape)
+    def __init__(self, seed: int, weights: Mapping[str, NDArray[np.float64]]) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._squares = {id(weight): np.square(weight) for weight in weights.values() if weight.ndim == 2}
 
-    match instruction.op.name:
-        case "linear":
-            x, weight = operands[:2]
-            exact = golden(*operands, **attributes)
-            norm = np.sqrt(np.square(x) @ np.square(weight).T)
-            return exact + noise(exact.shape) * np.sqrt(x.shape[1]) * u * np.maximum(norm, np.abs(exact))
-        case "rope_table":
-            exact = golden(*operands, **attributes)
-            angles = operands[0][:, None] * np.array(attributes["frequencies"])
-            slip = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) * np.tile(2 * angles, 2)
-            return exact + u * noise(exact.shape) * (np.abs(slip) + np.abs(exact))
-        case "attention":
-            q = operands[0]
-            shaken = q + u * np.linalg.norm(q, axis=-1, keepdims=True) * noise(q.shape)
-            exact = golden(shaken, *operands[1:], **attributes)
-            size = np.linalg.norm(exact, axis=-1, keepdims=True) / np.sqrt(exact.shape[-1])
-            return exact + u * np.sqrt(operands[4].max()) * size * noise(exact.shape)
-        case "embedding" | "kv_write" | "split_heads" | "merge_heads" | "take_rows":
-            return golden(*operands, **attributes)
-        case _:
-            exact = golden(*operands, **attributes)
-            return exact * (1 + 4 * u * noise(exact.shape))
+    def apply(self, instruction: Instruction, operands: list) -> object:
+        """The op's exact result, and its error."""
+        golden, attributes, u = instruction.op.golden, instruction.attributes, UNIT_ROUNDOFF["float32"]
+        match instruction.op.name:
+            case "linear":
+                x, weight = operands[:2]
+                exact = golden(*operands, **attributes)
+                norm = np.sqrt(np.square(x) @ self._squares[id(weight)].T)
+                return exact + u * np.sqrt(x.shape[1]) * np.maximum(norm, np.abs(exact)) * self._draw(exact)
+            case "rope_table":
+                exact = golden(*operands, **attributes)
+                angles = operands[0][:, None] * np.array(attributes["frequencies"])
+                slip = 2 * np.concatenate([angles * np.sin(angles), angles * np.cos(angles)], axis=1)
+                return exact + u * (np.abs(slip) + np.abs(exact)) * self._draw(exact)
+            case "attention":
+                q, context_lens = operands[0], operands[4]
+                shaken = q + u * np.linalg.norm(q, axis=-1, keepdims=True) * self._draw(q)
+                exact = golden(shaken, *operands[1:], **attributes)
+                size = np.linalg.norm(exact, axis=-1, keepdims=True) / np.sqrt(exact.shape[-1])
+                return exact + u * np.sqrt(context_lens.max()) * size * self._draw(exact)
+            case "embedding" | "kv_write" | "split_heads" | "merge_heads" | "take_rows":
+                return golden(*operands, **attributes)
+            case _:
+                exact = golden(*operands, **attributes)
+                return exact * (1 + 4 * u * self._draw(exact))
+
+    def _draw(self, like: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self._rng.standard_normal(like.shape)
