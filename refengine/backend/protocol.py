@@ -83,9 +83,24 @@ class Backend(Protocol):
         ...
 
     def compile(
-        self, program: Program, policy: Policy, plan: MemoryPlan, weights: Any, layout: KVLayout, cache: Any
+        self,
+        program: Program,
+        policy: Policy,
+        plan: MemoryPlan,
+        weights: Any,
+        layout: KVLayout,
+        cache: Any,
+        *,
+        fallback: bool = False,
     ) -> Executable:
-        """Make a Program executable for steps up to the plan's sizes."""
+        """Make a Program executable for steps up to the plan's sizes.
+
+        Args:
+            fallback: whether ops that the backend does not support may run on the golden op.
+
+        Raises:
+            UnsupportedError: an op is not supported and may not, or cannot, fall back.
+        """
         ...
 
     def memory(self) -> MemoryUse:

@@ -92,8 +92,6 @@ _GEMMA = {
     "head_dim": 24,
     "query_pre_attn_scalar": 24,
 }
-
-
 _SLIDING_LAYERS = [False, True, True, False, False, True, True]
 
 _TABLE: Mapping[str, _Variant] = {

@@ -20,9 +20,9 @@ Transformers with all of these lifted to float64 (`Lifted`), frequencies and sca
 of llama3 are then the float64 ones divided by the float32 factors that a file stores.
 
 Transformers' own GGUF loader (5.23) is right on both real files that the tests use (SmolLM2, Gemma 3 270M:
-the logits equal `load_gguf_reference`'s exactly) and drops much of what other files say;
-test_tiny_checkpoints.LOST lists it. `load_gguf_reference` takes an eighth of its time and half of its
-memory, and refuses what it doesn't know.
+the logits equal `load_gguf_reference`'s exactly) and drops much of what other files say:
+``test_tiny_checkpoints.LOST``. `load_gguf_reference` takes a fraction of its time and memory, and refuses
+what it doesn't know.
 """
 
 from __future__ import annotations
