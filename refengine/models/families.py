@@ -167,7 +167,7 @@ def _gemma3(spec: ModelSpec, hyper: HyperParameters) -> ModelSpec:
     else:
         period = hyper.count("attention.sliding_window_pattern", 6)
         local = tuple((i + 1) % period != 0 for i in range(count))
-    base = hyper.positive("rope.freq_base_swa", hyper.positive("rope.local.freq_base", 10000.0))
+    base = hyper.positive("rope.freq_base_swa", 10000.0)
     rope = spec.layers[0].rope
     local_rope = RopeSpec(tuple(plain_frequencies(base, 2 * len(rope.frequencies)).tolist()), rope.pairing)
     layers = tuple(

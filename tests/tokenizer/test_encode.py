@@ -34,10 +34,12 @@ def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 @st.composite
 def _vocabularies(draw: st.DrawFn) -> tuple[dict[str, int], list[float], str]:
-    """Texts over a small alphabet with scores, many of them equal, and a text to merge."""
-    tokens = draw(st.lists(st.text("ab▁", min_size=1, max_size=5), unique=True, max_size=20))
+    """Pieces of a text over a small alphabet, with scores, many of them equal; and the text."""
+    text = draw(st.text("ab▁c", min_size=2, max_size=20))
+    starts = st.integers(0, len(text) - 2)
+    pieces = st.builds(lambda start, length: text[start : start + length], starts, st.integers(2, 6))
+    tokens = draw(st.lists(pieces | st.sampled_from("ab▁"), unique=True, max_size=20))
     scores = draw(st.lists(st.integers(-4, 0), min_size=len(tokens), max_size=len(tokens)))
-    text = draw(st.text("ab▁c", max_size=30))
     return {token: id for id, token in enumerate(tokens)}, [float(score) for score in scores], text
 
 
@@ -92,10 +94,14 @@ def test_merges_apply_in_their_order(byte_level_tokenizer: Build) -> None:
     assert _texts(tokenizer, tokenizer.encode("hel")) == ["he", "l"]
 
 
-def test_the_first_of_equal_merges_counts(byte_level_tokenizer: Build) -> None:
+def test_the_first_of_equal_merges_counts(byte_level_tokenizer: Build, byte_level: dict[str, Any]) -> None:
     """A merge repeated later in the list keeps its first rank."""
-    tokenizer = byte_level_tokenizer(merges=["h e", "l l", "he ll", "h e"])
-    assert _texts(tokenizer, tokenizer.encode("hello")) == ["hell", "o"]
+    tokenizer = byte_level_tokenizer(
+        tokens=[*byte_level["tokens"], "el"],
+        token_type=[*byte_level["token_type"], 1],
+        merges=["h e", "e l", "h e"],
+    )
+    assert _texts(tokenizer, tokenizer.encode("hel")) == ["he", "l"]
 
 
 def test_a_character_without_token_becomes_its_bytes(sentencepiece_tokenizer: Build) -> None:
@@ -151,16 +157,17 @@ def test_control_tokens_are_read_on_request(name: str, text: str, request: pytes
     assert len(tokenizer.encode(text, add_special=False)) > 1
 
 
-def test_control_token_is_not_merged_from_its_parts(sentencepiece_tokenizer: Build) -> None:
-    """A control token is not formed even where all its parts are tokens, down to single characters."""
-    parts = ["<", "s", ">", "<s"]
+@pytest.mark.parametrize("type", [2, 3, 5, 6])
+def test_only_text_is_merged_from_its_parts(sentencepiece_tokenizer: Build, type: int) -> None:
+    """An unknown, control, unused or byte token is not formed even where all its parts are tokens."""
+    parts = ["<", "0", "x", "4", "1", ">", "<0", "<0x", "<0x4", "<0x41"]
     tokenizer = sentencepiece_tokenizer(
-        tokens=["<unk>", "<s>", "</s>", *parts],
-        token_type=[2, 3, 3, *[1] * len(parts)],
-        scores=[0.0] * 3 + [-1.0] * len(parts),
+        tokens=["<unk>", "<s>", "</s>", "<0x41>", *parts],
+        token_type=[2, 3, 3, type, *[1] * len(parts)],
+        scores=[0.0] * 4 + [-1.0] * len(parts),
         add_space_prefix=False,
     )
-    assert _texts(tokenizer, tokenizer.encode("<s>", add_special=False)) == ["<s", ">"]
+    assert _texts(tokenizer, tokenizer.encode("<0x41>", add_special=False)) == ["<0x41", ">"]
 
 
 def test_user_defined_tokens_are_always_whole(byte_level_tokenizer: Build) -> None:
@@ -175,17 +182,17 @@ def test_user_defined_tokens_are_always_whole(byte_level_tokenizer: Build) -> No
 def test_the_longest_special_token_is_taken(byte_level_tokenizer: Build, byte_level: dict[str, Any]) -> None:
     """Of special tokens that begin at one place, the longest is taken; what only begins like one is text."""
     added = ["\n", "\n\n", "\n\n\n", "<|", "<|en"]
-    tokenizer = byte_level_tokenizer(
-        tokens=[*byte_level["tokens"], *added], token_type=[*byte_level["token_type"], *[4] * len(added)]
-    )
+    tokens = [*byte_level["tokens"], *added]
+    tokenizer = byte_level_tokenizer(tokens=tokens, token_type=[*byte_level["token_type"], *[4] * len(added)])
 
     def pieces(text: str, **options: bool) -> list[str]:
-        return _texts(tokenizer, tokenizer.encode(text, **options))
+        return [tokens[id] for id in tokenizer.encode(text, **options)]
 
     assert pieces("\n" * 5) == ["\n\n\n", "\n\n"]
+    assert pieces("\n" * 4) == ["\n\n\n", "\n"]
     assert pieces("<|end|>") == ["<|en", "d", "|", ">"]
     assert pieces("<|end|>", parse_special=True) == ["<|end|>"]
-    assert pieces("<|e<|\n") == ["<|", "e", "<|", "\n"]
+    assert pieces("<<|e<|\n<") == ["<", "<|", "e", "<|", "\n", "<"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""``refengine chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import click
+
+from refengine.cli.answer import Answer
+from refengine.cli.errors import report
+from refengine.cli.figures import amount
+from refengine.cli.generation import Generation
+from refengine.cli.lines import Lines
+from refengine.cli.loading import EngineOptions
+from refengine.cli.options import (
+    engine_options,
+    generation_options,
+    model_argument,
+    system_option,
+    verbose_option,
+)
+from refengine.cli.statistics import print_statistics, statistics_of
+from refengine.cli.terminal import aside, say
+from refengine.errors import ContextLengthError, RefengineError, RequestError
+
+if TYPE_CHECKING:
+    from refengine.llm import LLM
+
+HELP = '''\
+  /system TEXT   set the system message; without TEXT, show it
+  /clear         forget the conversation, but not the system message
+  /help          show this
+  /bye           leave; so does Ctrl-D
+  """            begin and end a message of several lines, or one that begins with /
+  Ctrl-C         stop the answer; at the prompt, leave'''
+
+
+NO_ROOM = "/clear begins a new conversation."
+
+
+@click.command()
+@model_argument
+@system_option
+@generation_options
+@engine_options
+@verbose_option
+def chat(
+    model: str, system: str | None, generation: Generation, engine: EngineOptions, verbose: bool
+) -> None:
+    '''Converse with a model.
+
+    The model must have a chat template. A message is a line, or several between """ and """. /help lists the
+    commands. Ctrl-C stops an answer.
+
+    \b
+    Examples:
+      refengine chat smollm2
+      refengine chat smollm2 --system "Answer in rhymes." --temp 0.8
+    '''
+    converse(model, system, generation, engine, verbose)
+
+
+def converse(
+    model: str, system: str | None, generation: Generation, engine: EngineOptions, verbose: bool
+) -> None:
+    """Load a model and converse until the user leaves."""
+    started = perf_counter()
+    llm = engine.load(model)
+    load_s = perf_counter() - started
+    if llm.tokenizer.chat_template is None:
+        raise RequestError(
+            f"{model} has no chat template: it continues a text, but does not converse\n"
+            f'Give it a text: refengine run {model} "Once upon a time"'
+        )
+    lines = Lines()
+    if lines.interactive:
+        aside(f"{model}, {llm.model.spec.context_length:,} tokens of context. /help lists the commands.")
+    conversation = Conversation(llm, generation, system)
+    while (entry := lines.read()) is not None:
+        if entry.text.startswith("/") and not entry.quoted:
+            if not _obey(entry.text, conversation):
+                break
+        elif entry.text.strip() and (answer := _ask(entry.text, conversation, lines.interactive)) and verbose:
+            print_statistics(statistics_of(answer, load_s))
+
+
+class Conversation:
+    """A system message, and turns of the user and the model.
+
+    Attributes:
+        system: the system message, ``None`` for the template's own.
+        context_length: tokens that the model takes at most.
+    """
+
+    def __init__(self, llm: LLM, generation: Generation, system: str | None) -> None:
+        self.system = system
+        self.context_length = llm.model.spec.context_length
+        self._llm, self._generation = llm, generation
+        self._turns: list[dict[str, str]] = []
+
+    def ask(self, text: str) -> Answer:
+        """Write the answer to a message to stdout.
+
+        The turn is kept as far as it came, and not at all where no text did.
+
+        Raises:
+            ContextLengthError: the conversation does not fit the context.
+            TemplateError: the template refuses it.
+            KeyboardInterrupt: the user stopped the answer.
+        """
+        question = {"role": "user", "content": text}
+        instructions = [] if self.system is None else [{"role": "system", "content": self.system}]
+        answer = Answer(self._llm.chat_prompt([*instructions, *self._turns, question]))
+        try:
+            answer.show(partial(self._generation.stream, self._llm, answer.prompt_ids))
+        finally:
+            if answer.text:
+                self._turns += [question, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def clear(self) -> None:
+        """Forget the turns."""
+        self._turns = []
+
+
+def _ask(text: str, conversation: Conversation, interactive: bool) -> Answer | None:
+    """Answer a message; with a person at the other end, a failed or stopped answer is not the end."""
+    try:
+        answer = conversation.ask(text)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        say()
+        aside("Stopped.")
+        return None
+    except RefengineError as error:
+        if not interactive:
+            raise
+        report(error, str(error))
+        if isinstance(error, ContextLengthError):
+            say(NO_ROOM)
+        return None
+    if answer.finish_reason == "length":
+        full = len(answer.prompt_ids) + len(answer.sampled) >= conversation.context_length
+        aside(f"Cut: the context of {conversation.context_length:,} tokens is full. {NO_ROOM}" if full
+              else f"Cut after {amount(len(answer.sampled), 'token')}, as --max-tokens asks.")  # fmt: skip
+    return answer
+
+
+def _obey(command: str, conversation: Conversation) -> bool:
+    """Carry out a command; tells whether the conversation goes on."""
+    name, _, argument = command.partition(" ")
+    argument = argument.strip()
+    if name == "/bye":
+        return False
+    if name == "/clear":
+        conversation.clear()
+        aside("The conversation is forgotten.")
+    elif name == "/system" and argument:
+        conversation.system = argument
+        aside("The system message is set.")
+    elif name == "/system":
+        aside(conversation.system or "There is no system message.")
+    elif name == "/help":
+        say(HELP)
+    else:
+        say(f'There is no command {name}. /help lists them; """ begins a message that starts with /.')
+    return True
