@@ -15,8 +15,7 @@ from refengine.models import Model, build
 from refengine.ops import FloatArray
 from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, SamplingParams
-from refengine.tokenizer import Tokenizer, build_tokenizer
-from refengine.tokenizer.chat_template import ChatTemplate
+from refengine.tokenizer import ChatTemplate, Tokenizer, build_tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -100,24 +99,22 @@ class LLM:
                       stop: Sequence[str] = (), **sampling: Any) -> list[Completion]:  # fmt: skip
         """Continue several prompts at once; each gets what it would get alone."""
         requests = [self._request(self._ids(p), max_tokens, stop, sampling) for p in prompts]
-        numbers = [self._submit(request) for request in requests]
-        completions = []
-        for number, request in zip(numbers, requests, strict=True):
-            outputs = list(self._follow(number))
-            completions.append(
-                Completion(
-                    "".join(output.text for output in outputs),
-                    tuple(output.sampled for output in outputs if output.sampled),
-                    outputs[-1].finish_reason or "abort",
-                    request.prompt,
-                )
-            )
-        return completions
+        numbers: list[int] = []
+        try:
+            numbers += map(self._submit, requests)
+            return [self._complete(n, request) for n, request in zip(numbers, requests, strict=True)]
+        finally:
+            for number in numbers:
+                self._forget(number)
 
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
                **sampling: Any) -> Iterator[Output]:  # fmt: skip
-        """Continue a prompt, token by token. Closing the iterator aborts the request."""
-        return self._follow(self._submit(self._request(self._ids(prompt), max_tokens, stop, sampling)))
+        """Continue a prompt, token by token.
+
+        The request begins with the first token asked for; closing the iterator aborts it.
+        """
+        request = self._request(self._ids(prompt), max_tokens, stop, sampling)
+        return self._run(request)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation under the model's chat template, ready for the answer.
@@ -126,16 +123,11 @@ class LLM:
             RequestError: the model has no chat template, or the messages are malformed.
             TemplateError: the template failed.
         """
-        source = self.tokenizer.chat_template
-        if source is None:
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: give it text to continue instead")
-        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        template = ChatTemplate(
-            source,
-            bos_token="" if bos is None else self.tokenizer.decode([bos]),
-            eos_token="" if eos is None else self.tokenizer.decode([eos]),
-        )
-        return self.tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
+        template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+        return tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
 
     def logits(self, prompt: Prompt, *, first: int = 0) -> FloatArray:
         """Logits ``[tokens - first, vocabulary]`` after each token of a prompt from ``first`` on."""
@@ -166,10 +158,22 @@ class LLM:
             tuple(ids), max_tokens, SamplingParams(**sampling), frozenset(self.tokenizer.end_ids), tuple(stop)
         )
 
+    def _run(self, request: Request) -> Iterator[Output]:
+        yield from self._follow(self._submit(request))
+
     def _submit(self, request: Request) -> int:
         number = self.engine.submit(request)
         self._outputs[number] = deque()
         return number
+
+    def _complete(self, number: int, request: Request) -> Completion:
+        outputs = list(self._follow(number))
+        return Completion(
+            "".join(output.text for output in outputs),
+            tuple(output.sampled for output in outputs if output.sampled),
+            outputs[-1].finish_reason or "abort",
+            request.prompt,
+        )
 
     def _follow(self, number: int) -> Iterator[Output]:
         """The outputs of one request, stepping the engine for all of them."""
@@ -185,5 +189,9 @@ class LLM:
                 if output.finish_reason:
                     return
         finally:
-            del self._outputs[number]
-            self.engine.abort(number)
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """Drop a request, finished or not."""
+        self._outputs.pop(number, None)
+        self.engine.abort(number)

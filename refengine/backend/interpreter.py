@@ -158,7 +158,7 @@ class InterpretedProgram:
         """One step; see the protocol."""
         check_step_batch(
             batch,
-            vocabulary_size=int(self._program.output.shape[-1]),
+            vocabulary_size=self._program.vocabulary_size,
             num_blocks=self._layout.num_blocks,
             windows=self._layout.windows,
             block_size=self._layout.block_size,

@@ -79,6 +79,12 @@ class Program:
         return tuple({v.index: v for v in found}.values())
 
     @cached_property
+    def vocabulary_size(self) -> int:
+        """Token ids must lie below this: rows of the smallest table they look up."""
+        tables = (i.operands[1] for i in self if i.op.name == "embedding")
+        return min((int(table.shape[0]) for table in tables if table is not None), default=2**31)
+
+    @cached_property
     def op_counts(self) -> Mapping[str, int]:
         """How often each op occurs, in the instruction set's order."""
         counts = {name: sum(i.op.name == name for i in self) for name in OPS}
