@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--rounds N]
 
-The real models must be in the cache already (``refengine pull smollm2``). RSS figures are what the step adds to a
+The real models must be in the cache already (``refengine pull smollm2``). RSS is what the step adds to a
 process that has imported what it needs. Needs the dependency group ``test`` (gguf, psutil).
 """
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -15,10 +16,10 @@ from refengine.memory import KVCacheManager, KVGroupLayout, KVLayout
 from refengine.models import Model, ModelSpec
 from refengine.ops import FloatArray
 from refengine.program import Policy, StepBatch, plan_memory, policy
-from refengine.request import FinishReason, Output, Request
+from refengine.request import Output, Request
 from refengine.sampling import Sampled, sample
-from refengine.stopping import StopScanner
-from refengine.tokenizer import StreamDecoder, Tokenizer
+from refengine.sequence import Sequence
+from refengine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EngineConfig:
         block_size: positions per KV block.
         kv_tokens: positions the KV cache holds in layers that see the whole context; ``None`` for enough for
             ``max_sequences`` full contexts, but at most 65,536 (or one context, where that is longer).
+        fallback: whether golden ops may stand in for ops that the backend lacks.
     """
 
     policy: str = "float32"
@@ -39,6 +41,7 @@ class EngineConfig:
     max_sequences: int = 16
     block_size: int = 16
     kv_tokens: int | None = None
+    fallback: bool = False
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_sequences", "block_size"):
@@ -55,6 +58,15 @@ class Engine:
 
     Every request's tokens are what it would get alone: they depend on no other request and not on how its
     work was cut into steps.
+
+    Args:
+        model: the model.
+        backend: computes its program.
+        config: how much the engine may hold.
+        tokenizer: turns tokens into text; without one, outputs have none.
+        schedule, sample, kv_cache: the engine's other parts, each replaceable by one with the same contract.
+
+    Clauses: SCH-12, SCH-13, SCH-14.
     """
 
     def __init__(
@@ -63,12 +75,17 @@ class Engine:
         backend: Backend,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
+        *,
+        schedule: Callable[..., scheduler.Decision] = scheduler.schedule,
+        sample: Callable[..., Sampled] = sample,
+        kv_cache: Callable[[KVLayout], KVCacheManager] = KVCacheManager,
     ) -> None:
         self.config = config or EngineConfig()
         self.model, self.backend, self.tokenizer = model, backend, tokenizer
+        self._schedule, self._sample = schedule, sample
         chosen = policy(self.config.policy)
         self.layout = kv_layout(model.spec, self.config, chosen)
-        self._memory = KVCacheManager(self.layout)
+        self._memory = kv_cache(self.layout)
         budget, sequences = self.config.token_budget, self.config.max_sequences
         self.plan = plan_memory(model.program, chosen, {"T": budget, "S": sequences, "R": budget})
         self._executable = backend.compile(
@@ -78,9 +95,10 @@ class Engine:
             backend.upload(model.weights, chosen),
             self.layout,
             backend.create_cache(self.layout),
+            fallback=self.config.fallback,
         )
         self._limits = scheduler.Limits(budget, sequences)
-        self._states: dict[int, _State] = {}
+        self._sequences: dict[int, Sequence] = {}
         self._waiting: list[int] = []
         self._running: list[int] = []
         self._submitted = 0
@@ -104,7 +122,7 @@ class Engine:
         decoder = (
             self.tokenizer.stream_decoder(skip_special=True, continuation=True) if self.tokenizer else None
         )
-        self._states[number] = _State(request, list(request.prompt), decoder, StopScanner(request.stop))
+        self._sequences[number] = Sequence(number, request, decoder)
         self._waiting.append(number)
         return number
 
@@ -117,7 +135,7 @@ class Engine:
         """Advance by one step; returns an output for every token sampled and every request ended in it."""
         if not self.has_work:
             return []
-        decision = scheduler.schedule(
+        decision = self._schedule(
             [self._job(n) for n in self._running],
             [self._job(n) for n in self._waiting],
             self._limits,
@@ -143,12 +161,12 @@ class Engine:
 
     def abort(self, number: int) -> Output | None:
         """End a request now and give back its memory; ``None`` where it has ended already."""
-        if number not in self._states:
+        if number not in self._sequences:
             return None
         self._drop(number)
         return Output(number, None, "", "abort")
 
-    def prompt_logits(self, prompt: Sequence[int], first: int = 0) -> FloatArray:
+    def prompt_logits(self, prompt: abc.Sequence[int], first: int = 0) -> FloatArray:
         """Logits ``[len(prompt) - first, V]`` after each token of a prompt from ``first`` on.
 
         In the policy's activation dtype.
@@ -159,10 +177,10 @@ class Engine:
         if self.has_work:
             raise RequestError("prompt logits are computed on an idle engine; finish or abort its requests")
         number = self.submit(Request(tuple(prompt), max_tokens=0, logits_from=first))
-        state = self._states[number]
-        while number in self._states:
+        sequence = self._sequences[number]
+        while number in self._sequences:
             self.step()
-        return np.concatenate(state.prompt_logits)
+        return np.concatenate(sequence.prompt_logits)
 
     def _check_room(self, prompt: int, max_tokens: int) -> None:
         context = self.model.spec.context_length
@@ -181,27 +199,27 @@ class Engine:
                 )
 
     def _job(self, number: int) -> scheduler.Job:
-        state = self._states[number]
-        return scheduler.Job(number, len(state.tokens), state.computed, self._memory.held(number))
+        sequence = self._sequences[number]
+        return scheduler.Job(number, len(sequence.tokens), sequence.computed, self._memory.held(number))
 
-    def _build_batch(self, compute: Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
+    def _build_batch(self, compute: abc.Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
         """The step's arrays, and for every row of logits the request it belongs to."""
         spans = []
         for number, count in compute:
-            start = self._states[number].computed
+            start = self._sequences[number].computed
             self._memory.grow(number, start + count)
             spans.append((number, start, start + count))
         starts = [0, *accumulate(stop - start for _, start, stop in spans)]
         rows: list[int] = []
         wanted: list[int] = []
         for (number, start, stop), top in zip(spans, starts, strict=False):
-            first = self._states[number].first_logits()
+            first = self._sequences[number].first_logits
             rows += range(top + max(first - start, 0), top + stop - start)
             wanted += [number] * (stop - max(first, start))
         groups = range(len(self.layout.groups))
         numbers = [number for number, _, _ in spans]
         batch = StepBatch(
-            token_ids=_int32([t for n, start, stop in spans for t in self._states[n].tokens[start:stop]]),
+            token_ids=_int32([t for n, start, stop in spans for t in self._sequences[n].tokens[start:stop]]),
             positions=_int32([p for _, start, stop in spans for p in range(start, stop)]),
             query_starts=_int32(starts),
             context_lens=_int32([stop for _, _, stop in spans]),
@@ -215,23 +233,25 @@ class Engine:
         return batch, wanted
 
     def _advance(
-        self, compute: Sequence[tuple[int, int]], wanted: Sequence[int], logits: FloatArray
+        self, compute: abc.Sequence[tuple[int, int]], wanted: abc.Sequence[int], logits: FloatArray
     ) -> list[Output]:
         """Account for a computed step: sample where a request's tokens are all computed, release, end."""
         outputs = []
         for number, count in compute:
-            state = self._states[number]
-            state.computed += count
-            self._memory.release_passed(number, state.computed)
+            sequence = self._sequences[number]
+            sequence.computed += count
+            self._memory.release_passed(number, sequence.computed)
             rows = logits[[i for i, owner in enumerate(wanted) if owner == number]]
-            if state.request.logits_from is not None:
-                state.prompt_logits.append(rows)
-            if state.computed < len(state.tokens):
+            if sequence.request.logits_from is not None:
+                sequence.prompt_logits.append(rows)
+            if sequence.computed < len(sequence.tokens):
                 continue
             sampled = None
-            if state.generated < state.request.max_tokens:
-                sampled = sample(rows[-1], state.request.sampling, state.tokens, state.generated)
-            output = state.accept(number, sampled)
+            if sequence.generated < sequence.request.max_tokens:
+                sampled = self._sample(
+                    rows[-1], sequence.request.sampling, sequence.tokens, sequence.generated
+                )
+            output = sequence.accept(sampled)
             outputs.append(output)
             if output.finish_reason:
                 self._drop(number)
@@ -240,60 +260,15 @@ class Engine:
     def _preempt(self, number: int) -> None:
         """Take a running request's memory; it will be computed again, with the same result."""
         self._memory.release(number)
-        self._states[number].restart()
+        self._sequences[number].restart()
         self._running.remove(number)
         self._waiting = sorted([*self._waiting, number])
 
     def _drop(self, number: int) -> None:
         self._memory.release(number)
-        self._states.pop(number, None)
+        self._sequences.pop(number, None)
         self._waiting = [n for n in self._waiting if n != number]
         self._running = [n for n in self._running if n != number]
-
-
-@dataclass
-class _State:
-    """A request on its way: its tokens, and how many of them are in the cache."""
-
-    request: Request
-    tokens: list[int]
-    decoder: StreamDecoder | None
-    scanner: StopScanner
-    computed: int = 0
-    prompt_logits: list[FloatArray] = field(default_factory=list)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    def first_logits(self) -> int:
-        """The first token after which logits are wanted: the last known one, or where the request says."""
-        wanted = self.request.logits_from
-        return len(self.tokens) - 1 if wanted is None else wanted
-
-    def restart(self) -> None:
-        """Forget what was computed, not what was generated."""
-        self.computed = 0
-        self.prompt_logits = []
-
-    def accept(self, number: int, sampled: Sampled | None) -> Output:
-        """Take a sampled token (none where no more may come); tells what to show and whether this ends it."""
-        if sampled is None:
-            return Output(number, None, self._flush(), "length")
-        self.tokens.append(sampled.token)
-        if sampled.token in self.request.stop_ids:
-            return Output(number, sampled, self._flush(), "stop")
-        text, stopped = self.scanner.push(self.decoder.push(sampled.token)) if self.decoder else ("", False)
-        reason: FinishReason | None = "stop" if stopped else None
-        if not stopped and self.generated == self.request.max_tokens:
-            text, reason = text + self._flush(), "length"
-        return Output(number, sampled, text, reason)
-
-    def _flush(self) -> str:
-        if self.decoder is None:
-            return ""
-        text, stopped = self.scanner.push(self.decoder.finish())
-        return text if stopped else text + self.scanner.finish()
 
 
 def kv_layout(spec: ModelSpec, config: EngineConfig, chosen: Policy) -> KVLayout:
@@ -318,5 +293,5 @@ def kv_layout(spec: ModelSpec, config: EngineConfig, chosen: Policy) -> KVLayout
     return KVLayout(block, chosen.kv, tuple(groups))
 
 
-def _int32(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _int32(values: abc.Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(values, np.int32)

@@ -85,6 +85,8 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
 
     Raises:
         NumericalError: a logit is NaN or infinite.
+
+    Clauses: SMP-1, SMP-2, SMP-4, SMP-5, SMP-12.
     """
     raw = logits.astype(np.float64)
     if not np.isfinite(raw).all():
@@ -93,7 +95,8 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
     if params.temperature == 0.0:
         token = int(scores.argmax())
     else:
-        token = _draw(scores / params.temperature, params, index)
+        with np.errstate(over="ignore"):  # a tiny temperature leaves only the top
+            token = _draw((scores - scores.max()) / params.temperature, params, index)
     if params.logprobs is None:
         return Sampled(token, float(log_softmax(raw)[token]))
     logprobs = log_softmax(raw)
@@ -102,27 +105,38 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """``logits - log Σ exp(logits)`` over the last axis, in float64."""
+    """``logits - log Σ exp(logits)`` over the last axis, in float64.
+
+    Clauses: SMP-11.
+    """
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
 
 
 def _penalised(scores: NDArray[np.float64], penalty: float, history: Sequence[int]) -> NDArray[np.float64]:
+    """Scores with those of ids in ``history`` less likely, by whichever of product and quotient does it.
+
+    Clauses: SMP-3.
+    """
     if penalty == 1.0:
         return scores
     seen = np.unique(np.asarray(history, np.int64))
     scores = scores.copy()
-    scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-    return scores
+    with np.errstate(over="ignore"):
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    return np.nan_to_num(scores)  # what overflows is the largest number of its sign
 
 
 def _draw(scores: NDArray[np.float64], params: SamplingParams, index: int) -> int:
-    """One draw from the filtered distribution, by inverting its cumulative sum."""
+    """One draw from the filtered distribution, by inverting its cumulative sum; the highest score is 0.
+
+    Clauses: SMP-6, SMP-7, SMP-8, SMP-9, SMP-10.
+    """
     order = np.lexsort((np.arange(len(scores)), -scores))  # most likely first, lower id first among equals
     if params.top_k:
         order = order[: params.top_k]
-    weights = np.exp(scores[order] - scores[order[0]])
+    weights = np.exp(scores[order])
     cumulative = np.cumsum(weights)
     kept = len(order)
     if params.top_p < 1.0:

@@ -14,7 +14,7 @@ A chapter is ``spec/NN-name.md``; its title is the first line. A clause in it lo
     >>> the runnable example, in doctest's form
     ```
 
-Between the clauses, after the next heading of one ``#`` or before the first clause, stands prose that binds nobody.
+Before the first clause, and after a heading of one ``#``, stands prose that binds nobody.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CLAUSE_ID = re.compile(r"\b[A-Z]{3}-[1-9]\d*\b")
 RESULTS = ("exact", "rounded", "ulp", "bound", "one of", "law")
 """How a clause's ``Result`` may begin.
 
-``exact``: one legal result, bit by bit. ``rounded``: the correctly rounded one. ``ulp N``: within N units in the
-last place. ``bound``: within the error bound that the text derives. ``one of``: any of the results listed.
+``exact``: one legal result, bit by bit. ``rounded``: the correctly rounded one. ``ulp N``: within N units in
+the last place. ``bound``: within the error bound that the text derives. ``one of``: any of those listed.
 ``law``: a relation between results, or a rule of behaviour.
 """
 
@@ -89,7 +89,9 @@ def chapters() -> tuple[Chapter, ...]:
     Raises:
         SpecificationError: a chapter is malformed, or two clauses have one id.
     """
-    found = sorted((f for f in _folder().iterdir() if re.fullmatch(r"\d\d-[\w-]+\.md", f.name)), key=lambda f: f.name)
+    found = sorted(
+        (f for f in _folder().iterdir() if re.fullmatch(r"\d\d-[\w-]+\.md", f.name)), key=lambda f: f.name
+    )
     parsed = tuple(parse_chapter(file.read_text(encoding="utf-8"), file.name) for file in found)
     seen: dict[str, str] = {}
     for chapter in parsed:
@@ -131,7 +133,9 @@ def _parse_clauses(lines: list[str], name: str, chapter: str) -> Iterator[Clause
         heading = _HEADING.fullmatch(lines[start])
         if heading is None:
             raise SpecificationError(f"{name}:{start + 1}: a clause's heading is '## ABC-1 · Title'")
-        yield _parse_clause(heading["id"], heading["title"], lines[start + 1 : stop], name, chapter, start + 1)
+        yield _parse_clause(
+            heading["id"], heading["title"], lines[start + 1 : stop], name, chapter, start + 1
+        )
 
 
 def _parse_clause(id: str, title: str, body: list[str], file: str, chapter: str, line: int) -> Clause:
@@ -148,11 +152,15 @@ def _parse_clause(id: str, title: str, body: list[str], file: str, chapter: str,
         raise SpecificationError(f"{place}: the result of {id} must begin with one of {', '.join(RESULTS)}")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     if len(examples) != 1 or ">>>" not in examples[0]:
-        raise SpecificationError(f"{place}: {id} has {len(examples)} examples in doctest's form, and needs one")
+        raise SpecificationError(
+            f"{place}: {id} has {len(examples)} examples in doctest's form, and needs one"
+        )
     normative, _, rest = text.partition("```python\n")
     if not normative.strip() or rest.partition("```")[2].strip():
         raise SpecificationError(f"{place}: {id} needs its text before its example, and nothing after it")
-    return Clause(id, title, fields["Result"], fields["Source"], normative.strip(), examples[0], chapter, line)
+    return Clause(
+        id, title, fields["Result"], fields["Source"], normative.strip(), examples[0], chapter, line
+    )
 
 
 def _folder() -> Traversable:

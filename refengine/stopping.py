@@ -9,6 +9,8 @@ class StopScanner:
     """Passes text through until one of several strings appears.
 
     Text that may be the beginning of a stop string is held back until it is clear.
+
+    Clauses: SMP-14.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:

@@ -15,21 +15,20 @@ ROOT = Path(refengine.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"quantizer", "ops", "memory", "scheduler"},
+    {"quantizer", "ops", "memory", "scheduler", "specification"},
     {"program"},
     {"loader", "tokenizer"},
     {"models"},
     {"backend"},
     {"sampling", "stopping"},
     {"request"},
+    {"sequence"},
     {"engine"},
     {"llm"},
     {"cli"},
     {"__main__"},
 ]
 """From the ground up; a name is a package or a module of refengine."""
-
-
 
 
 def floor(name: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from refengine.backend.protocol import Device, MemoryUse
 from refengine.errors import NumericalError, UnsupportedError
 from refengine.memory import KVLayout
-from refengine.ops import OPS, FloatArray, LayerCache
+from refengine.ops import OPS, FloatArray, IndexArray, LayerCache
 from refengine.program import (
     POLICIES,
     MemoryPlan,
@@ -24,7 +24,7 @@ from refengine.program import (
     concrete,
     input_arrays,
 )
-from refengine.quantizer import LazyTensor
+from refengine.quantizer import ENCODINGS, LazyTensor
 
 OpFunction = Callable[..., Any]
 """``function(*operands, **attributes, out=None)``, as the golden op of the same name."""
@@ -55,6 +55,8 @@ class InterpretedBackend:
             return f"there is no op {op!r}"
         if policy not in POLICIES:
             return f"there is no policy {policy!r}"
+        if encoding is not None and encoding not in ENCODINGS:
+            return f"there is no encoding {encoding!r}"
         return None if op in self.native else f"{self.name} has no {op} of its own"
 
     def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> DecodedWeights:
@@ -112,9 +114,9 @@ class DecodedWeights:
         """Bytes of what is decoded now."""
         return sum(array.nbytes for array in self._decoded.values())
 
-    def stored(self, role: str) -> LazyTensor:
-        """A weight as stored."""
-        return self._stored[role]
+    def table(self, role: str) -> DecodedRows:
+        """A weight whose rows are decoded as they are named."""
+        return DecodedRows(self._stored[role])
 
     def decoded(self, role: str) -> FloatArray:
         """A weight as numbers.
@@ -123,14 +125,28 @@ class DecodedWeights:
             NumericalError: it holds NaN or infinity.
         """
         if role not in self._decoded:
-            array = self._stored[role].decode()
-            if not np.isfinite(array).all():
-                raise NumericalError(
-                    f"tensor {self._stored[role].name} holds NaN or infinity: the file is damaged, "
-                    "or was quantized from damaged weights; get it again or use another one"
-                )
+            array = _finite(self._stored[role].decode(), self._stored[role].name)
             self._decoded[role] = array.astype(self._dtype, copy=False)
         return self._decoded[role]
+
+
+class DecodedRows:
+    """A table still as stored, whose rows are decoded as they are named."""
+
+    def __init__(self, stored: LazyTensor) -> None:
+        self._stored = stored
+
+    def __getitem__(self, rows: IndexArray) -> FloatArray:
+        return _finite(self._stored[rows], self._stored.name)
+
+
+def _finite(array: FloatArray, name: str) -> FloatArray:
+    if not np.isfinite(array).all():
+        raise NumericalError(
+            f"tensor {name} holds NaN or infinity: the file is damaged, "
+            "or was quantized from damaged weights; get it again or use another one"
+        )
+    return array
 
 
 class InterpretedProgram:
@@ -162,6 +178,7 @@ class InterpretedProgram:
             num_blocks=self._layout.num_blocks,
             windows=self._layout.windows,
             block_size=self._layout.block_size,
+            sizes=self._plan.sizes,
         )
         if not self._constants:
             self._constants = self._bind()
@@ -174,16 +191,23 @@ class InterpretedProgram:
             leaf.index: inputs[leaf.name] for leaf in self._program.leaves if leaf.kind == "input"
         }
         logits = np.empty(concrete(self._program.output.shape, sizes), self._dtype)
+        with np.errstate(all="ignore"):  # what overflows has a defined value; nothing here may print
+            self._interpret(values, logits)
+        return logits
+
+    def _interpret(self, values: dict[int, Any], logits: FloatArray) -> None:
+        """Run all instructions; the output lands in ``logits``."""
         for instruction in self._program:
             op, result = instruction.op, instruction.result.index
             operands = [None if v is None else values[v.index] for v in instruction.operands]
             function = self._functions[op.name]
             if op.sharing in ("view", "state"):
                 values[result] = function(*operands, **instruction.attributes)
+                if instruction.result is self._program.output:  # it must not stay in the arena
+                    logits[...] = values[result]
             else:
                 out = self._places.get(result, logits)
                 values[result] = function(*operands, **instruction.attributes, out=out)
-        return logits
 
     def _bind(self) -> dict[int, Any]:
         """Weights and caches by the index of their values.
@@ -197,7 +221,7 @@ class InterpretedProgram:
             if leaf.kind == "state":
                 constants[leaf.index] = self._cache[int(leaf.name.split(".")[1])]
             elif leaf.kind == "weight" and leaf in looked_up - computed:
-                constants[leaf.index] = self._weights.stored(leaf.name)
+                constants[leaf.index] = self._weights.table(leaf.name)
             elif leaf.kind == "weight":
                 constants[leaf.index] = self._weights.decoded(leaf.name)
         return constants

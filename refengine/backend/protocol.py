@@ -47,12 +47,17 @@ class Executable(Protocol):
 
         Raises:
             TokenIdError, RequestError: the batch is out of range; nothing has been read or written then.
+
+        Clauses: BCK-3, BCK-4, BCK-5, BCK-6, BCK-7, BCK-8, BCK-9, BCK-10, BCK-11.
         """
         ...
 
 
 class Backend(Protocol):
-    """Computes Programs. Found through the entry-point group ``refengine.backends``."""
+    """Computes Programs. Found through the entry-point group ``refengine.backends``.
+
+    Clauses: BCK-1.
+    """
 
     name: str
 
@@ -67,6 +72,8 @@ class Backend(Protocol):
             op: a name in ``refengine.ops.OPS``.
             encoding: of the op's weight, ``None`` for an op without one.
             policy: a name in ``refengine.program.POLICIES``.
+
+        Clauses: BCK-2, CNV-11.
         """
         ...
 
@@ -75,6 +82,8 @@ class Backend(Protocol):
 
         Raises:
             NumericalError: at once, or in the first step that uses it: a weight is not finite.
+
+        Clauses: BCK-14.
         """
         ...
 
@@ -104,5 +113,8 @@ class Backend(Protocol):
         ...
 
     def memory(self) -> MemoryUse:
-        """Bytes held now."""
+        """Bytes held now.
+
+        Clauses: BCK-12.
+        """
         ...

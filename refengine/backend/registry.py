@@ -43,6 +43,8 @@ def load(name: str) -> Backend:
         UnknownBackendError: no such name.
         BackendNotInstalledError: what it needs is not installed.
         BackendFailedError: it is installed, but failed to import or to start.
+
+    Clauses: BCK-13.
     """
     if name == "auto":
         usable = [(s.info.priority, s.name) for s in registered() if s.info and not s.problem]

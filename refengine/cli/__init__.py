@@ -9,11 +9,12 @@ from io import TextIOWrapper
 
 def main() -> None:
     """The console script ``refengine``: runs one command and leaves with its exit code."""
-    # Input that is not UTF-8 is for the tokenizer to refuse; a narrow terminal shows what it can.
+    # Pipes carry UTF-8. What is not goes through to the tokenizer, which refuses it; a terminal that lacks a
+    # character shows another.
     for name, errors in {"stdin": "surrogateescape", "stdout": "replace", "stderr": "replace"}.items():
         stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115 the caller closed it: `<&-`
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
         setattr(sys, name, stream)
     from refengine.cli.commands import refengine
 

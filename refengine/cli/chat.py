@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from time import perf_counter
-from typing import TYPE_CHECKING
-
 import click
 
 from refengine.cli.answer import Answer
+from refengine.cli.conversation import Conversation
 from refengine.cli.errors import report
 from refengine.cli.figures import amount
 from refengine.cli.generation import Generation
@@ -25,9 +22,6 @@ from refengine.cli.statistics import print_statistics, statistics_of
 from refengine.cli.terminal import aside, say
 from refengine.errors import ContextLengthError, RefengineError, RequestError
 
-if TYPE_CHECKING:
-    from refengine.llm import LLM
-
 HELP = '''\
   /system TEXT   set the system message; without TEXT, show it
   /clear         forget the conversation, but not the system message
@@ -35,7 +29,6 @@ HELP = '''\
   /bye           leave; so does Ctrl-D
   """            begin and end a message of several lines, or one that begins with /
   Ctrl-C         stop the answer; at the prompt, leave'''
-
 
 NO_ROOM = "/clear begins a new conversation."
 
@@ -66,9 +59,7 @@ def converse(
     model: str, system: str | None, generation: Generation, engine: EngineOptions, verbose: bool
 ) -> None:
     """Load a model and converse until the user leaves."""
-    started = perf_counter()
-    llm = engine.load(model)
-    load_s = perf_counter() - started
+    llm, load_s = engine.load(model)
     if llm.tokenizer.chat_template is None:
         raise RequestError(
             f"{model} has no chat template: it continues a text, but does not converse\n"
@@ -84,45 +75,6 @@ def converse(
                 break
         elif entry.text.strip() and (answer := _ask(entry.text, conversation, lines.interactive)) and verbose:
             print_statistics(statistics_of(answer, load_s))
-
-
-class Conversation:
-    """A system message, and turns of the user and the model.
-
-    Attributes:
-        system: the system message, ``None`` for the template's own.
-        context_length: tokens that the model takes at most.
-    """
-
-    def __init__(self, llm: LLM, generation: Generation, system: str | None) -> None:
-        self.system = system
-        self.context_length = llm.model.spec.context_length
-        self._llm, self._generation = llm, generation
-        self._turns: list[dict[str, str]] = []
-
-    def ask(self, text: str) -> Answer:
-        """Write the answer to a message to stdout.
-
-        The turn is kept as far as it came, and not at all where no text did.
-
-        Raises:
-            ContextLengthError: the conversation does not fit the context.
-            TemplateError: the template refuses it.
-            KeyboardInterrupt: the user stopped the answer.
-        """
-        question = {"role": "user", "content": text}
-        instructions = [] if self.system is None else [{"role": "system", "content": self.system}]
-        answer = Answer(self._llm.chat_prompt([*instructions, *self._turns, question]))
-        try:
-            answer.show(partial(self._generation.stream, self._llm, answer.prompt_ids))
-        finally:
-            if answer.text:
-                self._turns += [question, {"role": "assistant", "content": answer.text}]
-        return answer
-
-    def clear(self) -> None:
-        """Forget the turns."""
-        self._turns = []
 
 
 def _ask(text: str, conversation: Conversation, interactive: bool) -> Answer | None:
@@ -143,10 +95,14 @@ def _ask(text: str, conversation: Conversation, interactive: bool) -> Answer | N
             say(NO_ROOM)
         return None
     if answer.finish_reason == "length":
-        full = len(answer.prompt_ids) + len(answer.sampled) >= conversation.context_length
-        aside(f"Cut: the context of {conversation.context_length:,} tokens is full. {NO_ROOM}" if full
-              else f"Cut after {amount(len(answer.sampled), 'token')}, as --max-tokens asks.")  # fmt: skip
+        aside(_why_cut(answer, conversation.context_length))
     return answer
+
+
+def _why_cut(answer: Answer, context_length: int) -> str:
+    if len(answer.prompt_ids) + len(answer.sampled) >= context_length:
+        return f"Cut: the context of {context_length:,} tokens is full. {NO_ROOM}"
+    return f"Cut after {amount(len(answer.sampled), 'token')}, as --max-tokens asks."
 
 
 def _obey(command: str, conversation: Conversation) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from refengine import __version__
-from refengine.cli.errors import exit_code_of
+from refengine.cli.errors import WRONG_USAGE, exit_code_of
 
 SECTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -32,13 +31,13 @@ SECTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "program": "program:program",
             "backends": "backends:backends",
         },
+        "Hold to the specification": {"conform": "conform:conform", "spec": "spec:spec"},
     }
 )
 """Heading -> command -> ``module:function`` under ``refengine.cli``."""
 
 HOMES = {name: home for section in SECTIONS.values() for name, home in section.items()}
 ALIASES = {"ls": "list"}
-COMPLETION = "_REFENGINE_COMPLETE"
 
 
 class Commands(click.Group):
@@ -79,12 +78,8 @@ class Commands(click.Group):
                     ]
                 )
 
-    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run the command that ``args`` name and exit with its code."""
-        if instruction := os.environ.get(COMPLETION):
-            from click.shell_completion import shell_complete
-
-            sys.exit(shell_complete(self, {}, "refengine", COMPLETION, instruction))
 
         def act() -> None:
             with self.make_context("refengine", list(sys.argv[1:] if args is None else args)) as context:
@@ -111,4 +106,4 @@ def refengine(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
-        context.exit(2)
+        context.exit(WRONG_USAGE)

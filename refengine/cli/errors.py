@@ -50,20 +50,19 @@ def _attempt(act: Callable[[], object]) -> int:
     except RefengineError as error:
         report(error, str(error))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         if sys.stderr.isatty():
             say()  # the shell's prompt does not follow ^C on its line
         return INTERRUPTED
     except BrokenPipeError:
         return CLOSED_PIPE
     except MemoryError as error:
-        report(
-            error,
-            f"out of memory{f': {error}' if str(error) else ''}\nA smaller model or --kv-tokens needs less.",
-        )
+        what = f"out of memory: {error}" if str(error) else "out of memory"
+        report(error, f"{what}\nA smaller model needs less, and so does a smaller --kv-tokens.")
         return MemoryManagerError.exit_code
     except OSError as error:
-        report(error, f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        what = error.strerror or str(error)
+        report(error, f"{error.filename}: {what}" if error.filename else what)
         return FAILED
     except Exception as error:
         name = type(error).__name__

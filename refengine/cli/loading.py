@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from refengine.cli.progress import DownloadProgress
@@ -22,8 +23,8 @@ class EngineOptions:
     kv_tokens: int | None
     offline: bool
 
-    def load(self, model: str) -> LLM:
-        """Load a model, fetching it first where needed.
+    def load(self, model: str) -> tuple[LLM, float]:
+        """Load a model; also tells how many seconds that took, a download before it not counted.
 
         Raises:
             ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError: see
@@ -35,7 +36,10 @@ class EngineOptions:
 
         policy(self.policy)  # a mistyped name is told before a download, not after
         config = EngineConfig(policy=self.policy, kv_tokens=self.kv_tokens)
-        return load(str(fetch(model, offline=self.offline)), backend=self.backend, config=config)
+        path = fetch(model, offline=self.offline)
+        started = perf_counter()
+        llm = load(str(path), backend=self.backend, config=config)
+        return llm, perf_counter() - started
 
 
 def fetch(model: str, *, offline: bool) -> Path:

@@ -14,6 +14,7 @@ from refengine.cli.options import engine_options, json_option, model_argument, t
 from refengine.cli.pieces import parse_ids, piece, token_json
 from refengine.cli.tables import print_table
 from refengine.cli.terminal import aside, piped_text, write_json
+from refengine.errors import NumericalError
 
 if TYPE_CHECKING:
     from refengine.ops import FloatArray
@@ -69,16 +70,18 @@ def logits(
 
     if prompt is None and (prompt := piped_text()) is None:
         raise click.UsageError("there is no prompt: give PROMPT, or pipe it in")
-    llm = engine.load(model)
+    llm, _ = engine.load(model)
     encoded = llm.tokenizer.encode
     prompt_ids = parse_ids(prompt) if ids else encoded(prompt, add_special=bos, parse_special=special)
-    scores = llm.logits(prompt_ids)
+    shown_from = 0 if every else max(len(prompt_ids) - 1, 0)
+    first = 0 if output else shown_from
+    scores = llm.logits(prompt_ids, first=first)
     if output is not None:
         with output.open("wb") as file:
             np.save(file, scores)
         aside(f"Wrote {output}: {scores.dtype.name} {list(scores.shape)}")
-    positions = range(len(prompt_ids)) if every else [len(prompt_ids) - 1]
-    likeliest = [Position(at, prompt_ids[at], _likeliest(scores[at], top)) for at in positions]
+    positions = range(shown_from, len(prompt_ids))
+    likeliest = [Position(at, prompt_ids[at], _likeliest(scores[at - first], top)) for at in positions]
     if as_json:
         write_json(_as_json(llm.tokenizer, prompt_ids, likeliest))
     elif every:
@@ -104,11 +107,17 @@ class Position(NamedTuple):
 
 
 def _likeliest(scores: FloatArray, top: int) -> list[Candidate]:
-    """The candidates with the highest logits, the lower id first among equals."""
+    """The candidates with the highest logits, the lower id first among equals.
+
+    Raises:
+        NumericalError: there is no order among NaN and infinities.
+    """
     import numpy as np
 
     from refengine.sampling import log_softmax
 
+    if not np.isfinite(scores).all():
+        raise NumericalError("the logits are not finite: the weights or the arithmetic overflowed")
     logprobs = log_softmax(scores)
     order = np.argsort(-scores, kind="stable")[:top]
     return [Candidate(int(id), float(scores[id]), float(logprobs[id])) for id in order]

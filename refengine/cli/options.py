@@ -18,7 +18,11 @@ model_argument = click.argument("model")
 offline_option = click.option("--offline", is_flag=True, help="Download nothing; use what is cached.")
 
 policy_option = click.option(
-    "--policy", default="float32", show_default=True, metavar="NAME", help="Precision: float32 or float64."
+    "--policy",
+    default="float32",
+    show_default=True,
+    metavar="NAME",
+    help="Precision policy; float64 is the oracle's.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,9 +76,7 @@ def run(
         converse(model, system, generation, engine, verbose)
         return
     generation = replace(generation, sampling=replace(generation.sampling, logprobs=logprobs))
-    started = perf_counter()
-    llm = engine.load(model)
-    load_s = perf_counter() - started
+    llm, load_s = engine.load(model)
     answer = Answer(_prompt_ids(llm, text, system, raw))
     stream = partial(generation.stream, llm, answer.prompt_ids)
     if as_json:

@@ -28,6 +28,8 @@ class Cursor:
         data: the file.
         bytes: uint8 [file size], a read-only view of it.
         position: where the next field begins.
+
+    Clauses: CKP-8, CKP-9.
     """
 
     def __init__(self, data: mmap | bytes, path: Path) -> None:

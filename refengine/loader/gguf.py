@@ -115,7 +115,10 @@ def _map(path: Path) -> mmap:
 
 
 def parse_gguf(data: mmap | bytes, path: Path) -> Checkpoint:
-    """Reads the bytes of a GGUF file as `read_gguf` does; ``path`` is for errors and the checkpoint."""
+    """Reads the bytes of a GGUF file as `read_gguf` does; ``path`` is for errors and the checkpoint.
+
+    Clauses: CKP-1, CKP-2, CKP-3, CKP-4, CKP-5, CKP-6, CKP-7, CKP-8, CKP-10, CKP-11.
+    """
     cursor = Cursor(data, path)
     n_tensors, n_key_values = _read_header(cursor)
     metadata = _read_metadata(cursor, n_key_values)

@@ -45,6 +45,8 @@ class BlockTable:
 
         Raises:
             OutOfBlocksError: too few are free; the table is as it was.
+
+        Clauses: KVC-7.
         """
         self._blocks += self._allocator.allocate(self.missing(tokens))
 
@@ -53,6 +55,8 @@ class BlockTable:
 
         Raises:
             BlockStateError: a position has no block (yet, or any more).
+
+        Clauses: KVC-1, KVC-10.
         """
         positions = np.arange(start, stop)
         if stop > len(self._blocks) * self._block_size or start < self._passed * self._block_size:
@@ -61,7 +65,10 @@ class BlockTable:
         return (blocks * self._block_size + positions % self._block_size).astype(np.int32)
 
     def release_passed(self, next_position: int) -> None:
-        """Give back the blocks that no query at ``next_position`` or later can see."""
+        """Give back the blocks that no query at ``next_position`` or later can see.
+
+        Clauses: KVC-9.
+        """
         if self._window is None:
             return
         first_seen = max(0, next_position - self._window + 1) // self._block_size

@@ -8,8 +8,10 @@ from refengine.errors import BlockStateError, OutOfBlocksError
 class BlockAllocator:
     """Hands out blocks ``0 … num_blocks - 1`` and takes them back.
 
-    A block is free, or it has as many references as tables name it. The lowest blocks are handed out
-    first, so that the same requests in the same order get the same blocks.
+    A block is free, or it has as many references as tables name it. A fresh pool hands out its lowest blocks
+    first, and the same requests in the same order get the same blocks.
+
+    Clauses: KVC-2, KVC-3.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -35,6 +37,8 @@ class BlockAllocator:
 
         Raises:
             OutOfBlocksError: fewer are free.
+
+        Clauses: KVC-2, KVC-5.
         """
         if count > len(self._free):
             raise OutOfBlocksError(
@@ -50,6 +54,8 @@ class BlockAllocator:
 
         Raises:
             BlockStateError: the block is free.
+
+        Clauses: KVC-2, KVC-6.
         """
         if self.references(block) == 0:
             raise BlockStateError(f"block {block} is free and cannot be shared")
@@ -60,6 +66,8 @@ class BlockAllocator:
 
         Raises:
             BlockStateError: the block is free already.
+
+        Clauses: KVC-4, KVC-6.
         """
         if self.references(block) == 0:
             raise BlockStateError(f"block {block} is released twice")

@@ -43,7 +43,10 @@ class KVLayout:
     groups: tuple[KVGroupLayout, ...]
 
     def block_bytes(self, group: int) -> int:
-        """Bytes of one block: keys and values of all the group's layers."""
+        """Bytes of one block: keys and values of all the group's layers.
+
+        Clauses: KVC-14.
+        """
         elements = sum(heads * size for _, heads, size in self.groups[group].layers)
         return 2 * elements * self.block_size * self.dtype.itemsize
 
@@ -64,7 +67,10 @@ class KVLayout:
 
 
 class KVCacheManager:
-    """Block tables of all sequences, over the pools of all groups. Holds no keys or values itself."""
+    """Block tables of all sequences, over the pools of all groups. Holds no keys or values itself.
+
+    Clauses: KVC-12.
+    """
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
@@ -98,6 +104,8 @@ class KVCacheManager:
 
         Raises:
             OutOfBlocksError: a group has too few free blocks; no table has changed.
+
+        Clauses: KVC-7, KVC-8.
         """
         missing = self.missing(sequence, tokens)
         for needed, free in zip(missing, self.free_blocks, strict=True):
@@ -112,7 +120,10 @@ class KVCacheManager:
             table.release_passed(next_position)
 
     def release(self, sequence: Hashable) -> None:
-        """Give back all blocks of a sequence and forget it."""
+        """Give back all blocks of a sequence and forget it.
+
+        Clauses: KVC-11.
+        """
         for table in self._tables.pop(sequence, ()):
             table.release_all()
 
@@ -121,7 +132,10 @@ class KVCacheManager:
         return self.layout.groups[group].num_blocks * self.layout.block_size
 
     def padded_tables(self, sequences: Sequence[Hashable], group: int) -> NDArray[np.int32]:
-        """The tables of several sequences as one array ``[S, M]``, padded with ``RELEASED``."""
+        """The tables of several sequences as one array ``[S, M]``, padded with ``RELEASED``.
+
+        Clauses: KVC-13.
+        """
         tables = [self.tables(sequence)[group].blocks for sequence in sequences]
         padded = np.full((len(tables), max(map(len, tables))), RELEASED, np.int32)
         for row, table in zip(padded, tables, strict=True):

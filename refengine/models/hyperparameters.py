@@ -83,6 +83,8 @@ class HyperParameters:
 
         Raises:
             UnsupportedError: naming the key.
+
+        Clauses: CKP-12.
         """
         prefix = f"{self.architecture}."
         for key in self.metadata:

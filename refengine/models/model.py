@@ -92,6 +92,8 @@ def build(checkpoint: Checkpoint) -> Model:
     Raises:
         UnsupportedError: the architecture, a hyper-parameter or a tensor is not one refengine implements.
         FormatError: a tensor is missing or of the wrong shape, or a hyper-parameter is wrong.
+
+    Clauses: CKP-12.
     """
     tensors = dict(checkpoint.tensors)
     architecture = checkpoint.metadata.string("general.architecture")

@@ -39,6 +39,8 @@ def kv_write(cache: LayerCache, k: FloatArray, v: FloatArray, slot_mapping: Inde
     """Store token ``t``'s key and value in slot ``slot_mapping[t]``; gives the changed cache.
 
     Keys are stored after rotation. A slot is written once per step at most.
+
+    Clauses: ATT-6, ATT-7.
     """
     for blocks, new in ((cache.keys, k), (cache.values, v)):
         blocks.reshape(-1, *blocks.shape[2:])[slot_mapping] = new
@@ -71,6 +73,8 @@ def attention(
     ``score[j] = softcap(scale · (q · k[j]))`` and
     ``y = Σ_j exp(score[j] - max) · v[j] / Σ_j exp(score[j] - max)``, summed tile by tile (``KEY_TILE``) in
     order of position.
+
+    Clauses: ATT-1, ATT-2, ATT-3, ATT-4, ATT-5, ATT-6, ATT-8, ATT-9, ATT-10, ATT-11, ATT-12, ATT-13, ATT-14.
     """
     if out is None:
         out = np.empty_like(q)

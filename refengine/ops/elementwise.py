@@ -15,21 +15,30 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @op("x[..., N], y[..., N] -> [..., N]", sharing="in_place")
 def add(x: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
-    """``x + y``: the residual connection."""
+    """``x + y``: the residual connection.
+
+    Clauses: OPS-6, CNV-2, CNV-3, CNV-6.
+    """
     total: FloatArray = np.add(x, y, out=out)
     return total
 
 
 @op("x[..., N] -> [..., N]", sharing="in_place")
 def scale(x: FloatArray, *, factor: float, out: FloatArray | None = None) -> FloatArray:
-    """``x · factor``, the factor rounded to the dtype of ``x`` first."""
+    """``x · factor``, the factor rounded to the dtype of ``x`` first.
+
+    Clauses: OPS-6, CNV-2, CNV-3, CNV-5.
+    """
     scaled: FloatArray = np.multiply(x, x.dtype.type(factor), out=out)
     return scaled
 
 
 @op("x[..., N] -> [..., N]", sharing="in_place")
 def softcap(x: FloatArray, *, cap: float, out: FloatArray | None = None) -> FloatArray:
-    """``cap · tanh(x / cap)``: squeezes scores or logits into ``(-cap, cap)`` (Gemma 2, arXiv:2408.00118)."""
+    """``cap · tanh(x / cap)``: squeezes scores or logits into ``(-cap, cap)`` (Gemma 2, arXiv:2408.00118).
+
+    Clauses: OPS-13.
+    """
     capped: FloatArray = np.divide(x, x.dtype.type(cap), out=out)
     np.tanh(capped, out=capped)
     capped *= x.dtype.type(cap)
@@ -47,6 +56,8 @@ def gated(
     """``activation(gate) · up``: SwiGLU and GeGLU (Shazeer, 2020, arXiv:2002.05202).
 
     ``silu(g) = g / (1 + exp(-g))``; ``gelu_tanh(g) = g/2 · (1 + tanh(√(2/π) · (g + 0.044715 g³)))``.
+
+    Clauses: OPS-12.
     """
     kind = gate.dtype.type
     if activation == "silu":

@@ -14,6 +14,8 @@ def embedding(token_ids: IndexArray, table: FloatArray, *, out: FloatArray | Non
     """Row ``token_ids[t]`` of ``table`` for every token.
 
     ``table`` need only support ``table[rows]``: a tensor still in its stored encoding decodes just these.
+
+    Clauses: OPS-5, CNV-1, ENC-14.
     """
     rows = table[token_ids]
     if out is None:
@@ -35,6 +37,8 @@ def linear(
     Accumulated in the operands' dtype; the error of each output is at most
     ``(K + 1) · u · (Σ_k |weight[n, k] · x[t, k]| + |bias[n]|)`` with ``u`` its unit roundoff
     (Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., §3.1), in whatever order it is summed.
+
+    Clauses: OPS-2, OPS-7, CNV-4, CNV-9, ENC-14.
     """
     if out is None:
         out = np.empty((x.shape[0], weight.shape[0]), x.dtype)

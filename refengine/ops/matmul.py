@@ -56,6 +56,8 @@ def matmul_columns(
 
     Returns:
         ``out``.
+
+    Clauses: OPS-2, OPS-3, CNV-12, CNV-13.
     """
     rows, inner = a.shape[-2:]
     columns = x.shape[-1]

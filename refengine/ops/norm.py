@@ -19,6 +19,8 @@ def rms_norm(
     """``x / sqrt(mean(x²) + eps) · weight`` over the last axis (Zhang & Sennrich, 2019, arXiv:1910.07467).
 
     ``eps`` stands inside the root. Used over the hidden size, and over each head for q and k norms.
+
+    Clauses: OPS-8.
     """
     mean_square = np.square(x).mean(axis=-1, keepdims=True)
     inverse_root = 1 / np.sqrt(mean_square + x.dtype.type(eps))

@@ -27,6 +27,8 @@ class Op:
         golden: the NumPy function that defines it, ``golden(*operands, **attributes, out=None)``.
         signature: operands and result with their shapes.
         sharing: how the result relates to the first operand's memory.
+
+    Clauses: PRG-4.
     """
 
     name: str

@@ -30,6 +30,8 @@ def rope_table(
     Angles and functions are evaluated in float64 and rounded once, where the table is stored or used, so
     that it is as exact at position 100,000 as at 1. ``dims`` is twice the number of frequencies (radians
     per position).
+
+    Clauses: OPS-9.
     """
     angles = positions[:, None].astype(np.float64) * np.asarray(frequencies, np.float64)
     if out is None:
@@ -50,6 +52,8 @@ def rope(
     """Rotate pair ``i`` of every head by its angle: ``(a, b) → (a·cos - b·sin, b·cos + a·sin)``.
 
     Elements beyond the table's ``dims`` stay as they are.
+
+    Clauses: OPS-10, OPS-11.
     """
     dims = table.shape[-1]
     table = table.astype(x.dtype, copy=False)

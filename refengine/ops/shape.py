@@ -10,17 +10,26 @@ from refengine.ops.registry import op
 
 @op("x[T, N] -> [T, heads, N/heads]", sharing="view")
 def split_heads(x: FloatArray, *, heads: int) -> FloatArray:
-    """The same memory, seen as heads."""
+    """The same memory, seen as heads.
+
+    Clauses: OPS-5.
+    """
     return x.reshape(x.shape[0], heads, -1)
 
 
 @op("x[T, H, D] -> [T, H*D]", sharing="view")
 def merge_heads(x: FloatArray) -> FloatArray:
-    """The same memory, heads side by side."""
+    """The same memory, heads side by side.
+
+    Clauses: OPS-5.
+    """
     return x.reshape(x.shape[0], -1)
 
 
 @op("x[T, N], rows[R] -> [R, N]")
 def take_rows(x: FloatArray, rows: IndexArray, *, out: FloatArray | None = None) -> FloatArray:
-    """``x[rows]``: the tokens whose logits somebody wants."""
+    """``x[rows]``: the tokens whose logits somebody wants.
+
+    Clauses: OPS-5, CNV-1.
+    """
     return np.take(x, rows, axis=0, out=out)

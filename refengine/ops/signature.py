@@ -51,6 +51,8 @@ class Signature:
 
         Raises:
             ShapeError: too few or too many operands, or sizes that disagree.
+
+        Clauses: PRG-2, PRG-3, OPS-1.
         """
         sizes: dict[str, Dim] = {k: v for k, v in attributes.items() if isinstance(v, int)}
         leading: Shape | None = None

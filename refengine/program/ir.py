@@ -58,6 +58,8 @@ class Program:
         instructions: in order; each value is defined before it is used. A ``state`` is changed in place, so
             the order of instructions on one state is part of the meaning.
         output: the logits ``[R, V]``.
+
+    Clauses: PRG-1, PRG-5.
     """
 
     instructions: tuple[Instruction, ...]

@@ -64,6 +64,8 @@ def plan_memory(program: Program, policy: Policy, sizes: Mapping[str, int]) -> M
     """Plan the arena of a Program for at most these sizes of its symbols.
 
     The output is not placed: it is given to the caller.
+
+    Clauses: OPS-4, CNV-14, PRG-7, PRG-8, PRG-9, PRG-10, PRG-11, PRG-12.
     """
     buffers = _buffers(program, policy.activations, sizes)
     arena_bytes = _place(buffers)

@@ -19,6 +19,8 @@ class Policy:
         name: what the user types.
         activations: dtype of every intermediate value, of decoded weights and of arithmetic.
         kv: dtype in which keys and values are stored.
+
+    Clauses: CNV-7, CNV-8, CNV-10.
     """
 
     name: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -42,6 +44,7 @@ def check_step_batch(
     num_blocks: tuple[int, ...],
     windows: tuple[int | None, ...],
     block_size: int,
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Refuse a batch that would make an op read or write outside its arrays.
 
@@ -55,14 +58,20 @@ def check_step_batch(
         num_blocks: blocks in the pool of each KV group.
         windows: attention window of each KV group, ``None`` for the whole context.
         block_size: positions per block.
+        sizes: the most there may be of T, S and R: the plan's.
 
     Raises:
         TokenIdError: a token id outside the vocabulary.
         RequestError: anything else out of range or of the wrong shape.
+
+    Clauses: BCK-6, BCK-7, BCK-8.
     """
     tokens, sequences = len(batch.token_ids), len(batch.context_lens)
     if tokens == 0 or sequences == 0:
         raise RequestError("a step needs at least one token and one sequence")
+    for symbol, size in {"T": tokens, "S": sequences, "R": len(batch.logit_rows)}.items():
+        if size > sizes.get(symbol, size):
+            raise RequestError(f"the step has {symbol} = {size}, and the plan is for {sizes[symbol]} at most")
     if not _within(batch.token_ids, vocabulary_size):
         raise TokenIdError(
             f"token ids lie between {batch.token_ids.min()} and {batch.token_ids.max()}, "

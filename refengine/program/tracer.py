@@ -12,7 +12,10 @@ from refengine.program.step_batch import StepInputs
 
 
 class Tracer:
-    """A namespace with the names of ``refengine.ops``, whose calls are recorded instead of computed."""
+    """A namespace with the names of ``refengine.ops``, whose calls are recorded instead of computed.
+
+    Clauses: PRG-6.
+    """
 
     def __init__(self) -> None:
         self._instructions: list[Instruction] = []

@@ -27,6 +27,8 @@ def q4_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     0-1     d, float16
     2-17    q, 4 bits: low halves 0..15, high halves 16..31
     ======  ==================================================
+
+    Clauses: ENC-3.
     """
     d, nibbles = float16(blocks[:, 0:2]), blocks[:, 2:18]
     weights[:, :16] = (nibbles & 15).view(np.int8) - 8
@@ -44,6 +46,8 @@ def q4_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     2-3     m, float16
     4-19    q, 4 bits: low halves 0..15, high halves 16..31
     ======  ==================================================
+
+    Clauses: ENC-4.
     """
     d, m, nibbles = float16(blocks[:, 0:2]), float16(blocks[:, 2:4]), blocks[:, 4:20]
     weights[:, :16] = nibbles & 15
@@ -62,6 +66,8 @@ def q5_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     2-5     fifth, 1 bit: bit j of a little-endian uint32
     6-21    low, 4 bits: low halves 0..15, high halves 16..31
     ======  ==================================================
+
+    Clauses: ENC-5.
     """
     d, nibbles = float16(blocks[:, 0:2]), blocks[:, 6:22]
     fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little") << 4
@@ -81,6 +87,8 @@ def q5_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     4-7     fifth, 1 bit: bit j of a little-endian uint32
     8-23    low, 4 bits: low halves 0..15, high halves 16..31
     ======  ==================================================
+
+    Clauses: ENC-5.
     """
     d, m, nibbles = float16(blocks[:, 0:2]), float16(blocks[:, 2:4]), blocks[:, 8:24]
     fifth = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4
@@ -99,6 +107,8 @@ def q8_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     0-1     d, float16
     2-33    q, int8
     ======  ==================================================
+
+    Clauses: ENC-6.
     """
     weights[...] = blocks[:, 2:34].view(np.int8)
     weights *= float16(blocks[:, 0:2])

@@ -60,6 +60,8 @@ def decode(
         UnsupportedError: no encoding has this name.
         ValueError: ``data`` is not uint8 or not whole blocks; or ``out`` is not float32, of the decoded
             shape, C-contiguous and writeable.
+
+    Clauses: ENC-1, CNV-10.
     """
     stored = encodings.encoding(encoding)
     if data.dtype != np.uint8 or data.ndim == 0:

@@ -28,6 +28,8 @@ def iq4_nl(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     0-1     d, float16
     2-17    q, 4 bits: low halves 0..15, high halves 16..31
     ======  ==================================================
+
+    Clauses: ENC-12.
     """
     levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 2:18]
     weights[:, :16] = levels[nibbles & 15]
@@ -47,6 +49,8 @@ def iq4_xs(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     8-135   q, 4 bits: bytes 8 + 16 g + (0..15) hold group g, low halves weights 0..15
             of the group, high halves 16..31
     ======  ==========================================================================
+
+    Clauses: ENC-12.
     """
     levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 8:136].reshape(-1, 8, 16)
     groups = weights.reshape(-1, 8, 32)

@@ -31,6 +31,8 @@ def q2_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     80-81   d, float16
     82-83   dmin, float16
     ======  ================================================================================
+
+    Clauses: ENC-7.
     """
     d, dmin = float16(blocks[:, 80:82]), float16(blocks[:, 82:84])
     scales, minima = blocks[:, 0:16] & 15, blocks[:, 0:16] >> 4
@@ -50,6 +52,8 @@ def q3_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     104-107  high 2 bits of s: byte i, field f of 4 -> group 4 f + i
     108-109  d, float16
     ======== ===============================================================================
+
+    Clauses: ENC-8.
     """
     d = float16(blocks[:, 108:110])
     scales = _fields(blocks[:, 96:104], bits=4).reshape(-1, 16)
@@ -71,6 +75,8 @@ def q4_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     4-15    s and m, 6 bits each: see :func:`_six_bit_pairs`
     16-143  q, 4 bits: run r of 4, field f of 2 -> weights 64 r + 32 f + (0..31)
     ======  ================================================================================
+
+    Clauses: ENC-9.
     """
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
@@ -90,6 +96,8 @@ def q5_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     16-47   fifth, 1 bit: field f of 8 -> weights 32 f + (0..31)
     48-175  low, 4 bits: run r of 4, field f of 2 -> weights 64 r + 32 f + (0..31)
     ======  ================================================================================
+
+    Clauses: ENC-10.
     """
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
@@ -110,6 +118,8 @@ def q6_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     192-207  s, int8: group g in byte 192 + g
     208-209  d, float16
     ======== ===============================================================================
+
+    Clauses: ENC-11.
     """
     d, scales = float16(blocks[:, 208:210]), blocks[:, 192:208].view(np.int8)
     quants = _fields(blocks[:, 0:128].reshape(-1, 2, 64), bits=4).reshape(-1, 8, 32)

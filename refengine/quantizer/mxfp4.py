@@ -26,6 +26,8 @@ def mxfp4(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     That is OCP's 2 ** (e - 127) * E2M1[q]. The product is exact in float32, or infinite from 2 ** 128 on. Two
     codes follow ggml rather than OCP: q = 8 is +0 (OCP: -0), and e = 255 continues the formula (OCP: every
     weight of the block is NaN).
+
+    Clauses: ENC-13.
     """
     levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 1:17]
     weights[:, :16] = levels[nibbles & 15]

@@ -12,12 +12,18 @@ from numpy.typing import NDArray
 
 
 def f32(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
-    """binary32: the bits are the weight's, NaN payloads included."""
+    """binary32: the bits are the weight's, NaN payloads included.
+
+    Clauses: ENC-2.
+    """
     weights[...] = blocks.view("<f4")
 
 
 def f16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
-    """binary16: 1 sign, 5 exponent and 10 fraction bits. Exact; a NaN becomes any NaN."""
+    """binary16: 1 sign, 5 exponent and 10 fraction bits. Exact; a NaN becomes any NaN.
+
+    Clauses: ENC-2.
+    """
     weights[...] = blocks.view("<f2")
 
 
@@ -25,5 +31,7 @@ def bf16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     """bfloat16: 1 sign, 8 exponent and 7 fraction bits, the upper 16 of a binary32 whose lower 16 are zero.
 
     Exact, NaN payloads included.
+
+    Clauses: ENC-2.
     """
     np.left_shift(blocks.view("<u2"), 16, out=weights.view(np.uint32), dtype=np.uint32)

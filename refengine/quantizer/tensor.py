@@ -25,6 +25,8 @@ class LazyTensor:
     Raises:
         UnsupportedError: no encoding has this name.
         ValueError: ``data`` is not uint8 of the shape that ``shape`` and ``encoding`` ask for.
+
+    Clauses: CKP-10.
     """
 
     name: str

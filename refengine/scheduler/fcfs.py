@@ -72,6 +72,8 @@ def schedule(
         limits: of the step.
         free: free blocks of each group.
         missing: ``missing(id, tokens)``, the blocks that a request lacks to hold so many positions.
+
+    Clauses: SCH-1, SCH-2, SCH-3, SCH-4, SCH-5, SCH-6, SCH-7, SCH-8, SCH-9, SCH-10, SCH-11.
     """
     budget = limits.token_budget
     preempted: list[int] = []

@@ -43,7 +43,7 @@ def write_model(
     """
     symbols = byte_symbols()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("Alphabet")
+    writer.add_name("Alphabet [a-z]")
     writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)

@@ -1,0 +1,1 @@
+"""Properties, one module per chapter of the specification."""

@@ -1,0 +1,379 @@
+"""Chapter *Programs*."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from refengine import ops
+from refengine.memory import KVGroupLayout, KVLayout
+from refengine.models import Model, forward
+from refengine.models.families import FAMILIES
+from refengine.ops import OPS, Dim, FloatArray, LayerCache, Shape, ShapeError
+from refengine.ops.signature import Operand
+from refengine.program import (
+    Instruction,
+    MemoryPlan,
+    Program,
+    StepBatch,
+    Tracer,
+    Value,
+    concrete,
+    input_arrays,
+    symbolic_inputs,
+)
+from refengine.quantizer import LazyTensor
+from refengine_conformance.prompts import Prompts
+from refengine_conformance.registry import holds
+from refengine_conformance.subject import Subject, Weight, activation, one_sequence
+from refengine_conformance.tiny_model import tiny_model
+
+MODELS = st.builds(tiny_model, st.sampled_from(sorted(FAMILIES)), layers=st.integers(1, 4))
+SYMBOLS = {"T", "S", "S1", "R", "M", "B", "P"}
+WIDTH, HEADS = 6, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Arithmetic:
+    """A program of small integers, and what it computes: every result is exact in any order.
+
+    Attributes:
+        program: its output is ``[R, WIDTH]``.
+        weights: its weights.
+        expected: the result for all rows, ``[tokens, WIDTH]``.
+    """
+
+    program: Program
+    weights: dict[str, LazyTensor]
+    expected: NDArray[np.int64]
+
+
+@st.composite
+def arithmetic(draw: st.DrawFn, subject: Subject) -> Arithmetic:
+    """Sums, doublings, changes of sign, permutations and views of earlier values, read again at will."""
+    tokens, steps = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tracer = subject.tracer()
+    inputs = symbolic_inputs(tracer, kv_groups=1)
+    numbers = rng.integers(-9, 10, (tokens, WIDTH))
+    weights = {"numbers": Weight(numbers).tensor("numbers")}
+    known: list[tuple[Value, NDArray[np.int64]]] = [
+        (activation(tracer, inputs, "numbers", numbers.shape), numbers)
+    ]
+    for number in range(steps):
+        x, exact = draw(st.sampled_from(known[-3:]))
+        kind = draw(st.sampled_from(["add", "scale", "view", "linear"]))
+        if kind == "view":
+            flat = exact.ndim == 2
+            value = tracer.split_heads(x, heads=HEADS) if flat else tracer.merge_heads(x)
+            known.append((value, exact.reshape((tokens, HEADS, -1) if flat else (tokens, -1))))
+        elif kind == "scale":
+            factor = draw(st.sampled_from([-1, 2]))
+            known.append((tracer.scale(x, factor=float(factor)), exact * factor))
+        elif kind == "linear" and exact.ndim == 2:
+            role, matrix = f"matrix{number}", np.eye(WIDTH, dtype=np.int64)[rng.permutation(WIDTH)]
+            weights[role] = Weight(matrix).tensor(role)
+            known.append((tracer.linear(x, tracer.symbol(role, "weight", matrix.shape)), exact @ matrix.T))
+        else:
+            y, other = draw(st.sampled_from([(v, e) for v, e in known if e.shape == exact.shape]))
+            known.append((tracer.add(x, y), exact + other))
+    total, sum_ = next((v, e) for v, e in known if e.ndim == 2)
+    for value, exact in draw(st.permutations(known[1:])):
+        flat_value = value if exact.ndim == 2 else tracer.merge_heads(value)
+        total, sum_ = tracer.add(total, flat_value), sum_ + exact.reshape(tokens, -1)
+    output = tracer.scale(tracer.take_rows(total, inputs.logit_rows), factor=2.0)
+    return Arithmetic(tracer.finish(output), weights, 2 * sum_)
+
+
+@holds("PRG-1", "decoder")
+def every_value_is_defined_once_and_before_it_is_read(subject: Subject, data: st.DataObject) -> None:
+    """Reading the instructions in order, no name is met twice, and none before it is defined."""
+    program = subject.trace(data.draw(MODELS))
+    leaves = {leaf.index for leaf in program.leaves}
+    assert all(leaf.kind in ("input", "weight", "state") for leaf in program.leaves)
+    defined: set[int] = set()
+    for instruction in program:
+        for operand in instruction.operands:
+            assert operand is None or operand.index in defined | leaves, f"{operand} in {instruction}"
+        result = instruction.result
+        assert result.kind == "result"
+        assert result.index not in defined | leaves, f"{result} is defined twice"
+        defined.add(result.index)
+    assert program.output.index in defined
+
+
+@holds("PRG-2", "decoder")
+def inferred_shapes_are_those_of_the_arrays(subject: Subject, data: st.DataObject) -> None:
+    """Whatever the sizes, an op gives an array of the shape that was inferred without any."""
+    prompts = _prompts(data, data.draw(MODELS))
+    program, batch = subject.trace(prompts.model), prompts.batch(prompts.whole)
+    batch = replace(batch, logit_rows=batch.logit_rows[: data.draw(st.integers(0, prompts.tokens))])
+    sizes = {"T": len(batch.token_ids), "S": len(batch.context_lens), "R": len(batch.logit_rows)}
+    sizes |= {"S1": sizes["S"] + 1, "B": prompts.num_blocks, "P": prompts.block_size}
+    for instruction, array in _interpret(subject, prompts, program, batch):
+        shape = instruction.result.shape
+        assert all(isinstance(dim, int) or dim in SYMBOLS for dim in shape), shape
+        if instruction.op.sharing != "state":
+            assert array.shape == concrete(shape, sizes), f"{instruction}, but the array is {array.shape}"
+
+
+@holds("PRG-3", "decoder")
+def operands_that_do_not_fit_are_refused(subject: Subject, data: st.DataObject) -> None:
+    """A signature's operands are accepted; one axis, size or operand more, less or other is not."""
+    op = data.draw(st.sampled_from(sorted(OPS)))
+    operands = OPS[op].signature.operands
+    words = {dim for operand in operands for dim in operand.dims if dim != "..."}
+    symbolic = data.draw(st.sets(st.sampled_from(["T", "S", "S1", "R", "M", "B", "P"])))
+    sizes = {word: word if word in symbolic else 4 * (3 + n) for n, word in enumerate(sorted(words))}
+    fitting = [_shape(operand, sizes) for operand in operands]
+    attributes = {"rope_table": {"dims": 8}, "split_heads": {"heads": 2}}.get(op, {})
+    tracer = subject.tracer()
+    assert isinstance(_record(tracer, op, fitting, attributes), Value)
+
+    broken = list(fitting)
+    at = data.draw(st.integers(0, len(operands) - 1))
+    dims, shape = operands[at].dims, fitting[at]
+    shared = [n for n, dim in enumerate(dims) if dim != "..." and sum(dim in o.dims for o in operands) > 1]
+    how = data.draw(st.sampled_from(["axes", "surplus", "missing", *(["size"] if shared else [])]))
+    if how == "axes":
+        broken[at] = () if "..." in dims else (*shape, 3)
+    elif how == "surplus":
+        broken.append((3,))
+    elif how == "missing":
+        broken = fitting[: max(n for n, operand in enumerate(operands) if not operand.optional)]
+    else:
+        axis = data.draw(st.sampled_from(shared))
+        broken[at] = (*shape[:axis], 5, *shape[axis + 1 :])
+    try:
+        _record(tracer, op, broken, attributes)
+    except ShapeError as error:
+        assert op in str(error)
+    else:
+        raise AssertionError(f"{op}{broken} was accepted: {OPS[op].signature.text}")
+
+
+@holds("PRG-4", "backend", "memory_plan")
+def a_value_keeps_its_numbers_until_it_is_last_read(subject: Subject, data: st.DataObject) -> None:
+    """Exact arithmetic in which values and views of them are read again: none is overwritten before."""
+    case = data.draw(arithmetic(subject))
+    tokens = len(case.expected)
+    result = subject.compile(case.program, case.weights, tokens).run(one_sequence(tokens))
+    assert np.array_equal(result, case.expected), str(case.program)
+
+
+@holds("PRG-5", "backend")
+def instructions_on_one_state_happen_in_their_order(subject: Subject, data: st.DataObject) -> None:
+    """A token alone attends to its own value: the one written last before, of two in the same slot."""
+    tokens = data.draw(st.integers(1, 5))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    numbers = {name: rng.integers(-9, 10, (tokens, WIDTH)) for name in ("first", "second")}
+    tracer = subject.tracer()
+    inputs = symbolic_inputs(tracer, kv_groups=1)
+    cache = tracer.symbol("layers.0.cache", "state", ("B", "P", HEADS, WIDTH // HEADS))
+    seen = []
+    for name in numbers:
+        x = activation(tracer, inputs, name, (tokens, HEADS, WIDTH // HEADS))
+        cache = tracer.kv_write(cache, x, x, inputs.slot_mapping[0])
+        starts, ends = inputs.query_starts, inputs.context_lens
+        seen.append(tracer.attention(x, cache, inputs.block_tables[0], starts, ends, scale=0.5))
+    total = tracer.add(tracer.scale(tracer.merge_heads(seen[0]), factor=32.0), tracer.merge_heads(seen[1]))
+    program = tracer.finish(tracer.take_rows(total, inputs.logit_rows))
+
+    ascending = np.arange(tokens, dtype=np.int32)
+    batch = replace(
+        one_sequence(tokens),
+        positions=np.zeros(tokens, np.int32),
+        query_starts=np.arange(tokens + 1, dtype=np.int32),
+        context_lens=np.ones(tokens, np.int32),
+        slot_mapping=(ascending,),
+        block_tables=(ascending[:, None],),
+    )
+    layout = KVLayout(1, subject.policy.kv, (KVGroupLayout(None, ((0, HEADS, WIDTH // HEADS),), tokens),))
+    weights = {name: Weight(array).tensor(name) for name, array in numbers.items()}
+    result = subject.compile(program, weights, tokens, layout).run(batch)
+    assert np.array_equal(result, 32 * numbers["first"] + numbers["second"])
+
+
+@holds("PRG-6", "decoder", tier="models")
+def the_record_computes_what_the_decoder_computes(subject: Subject, data: st.DataObject) -> None:
+    """The decoder run on arrays, and its record replayed with the same ops, agree in every bit."""
+    prompts = _prompts(data, data.draw(MODELS))
+    batch = prompts.batch(prompts.whole)
+    *_, (_, replayed) = _interpret(subject, prompts, subject.trace(prompts.model), batch)
+    weights, caches = _arrays(subject, prompts)
+    eager = forward(ops, prompts.model.spec, weights, caches, batch)
+    assert replayed.dtype == eager.dtype
+    assert replayed.tobytes() == eager.tobytes()
+
+
+@holds("PRG-7", "memory_plan", level="M")
+def living_values_lie_apart(subject: Subject, data: st.DataObject) -> None:
+    """Replayed with marks instead of numbers: what is read bears the mark of the value that is meant."""
+    program, plan, sizes = _planned(subject, data)
+    marks = np.full(plan.arena_bytes, -1)
+    meaning: dict[int, int] = {}
+    for instruction in program:
+        op, result = instruction.op, instruction.result
+        operands = [v for v in instruction.operands if v is not None and v.index in plan.placements]
+        for operand in operands:
+            assert (_cells(marks, plan, operand, sizes) == meaning[operand.index]).all(), (
+                f"{operand} is overwritten before {instruction}"
+            )
+        if op.sharing == "state" or result.index not in plan.placements:
+            continue
+        place, first = _range(plan, result, sizes), instruction.operands[0]
+        for operand in operands:
+            other = _range(plan, operand, sizes)
+            apart = place.stop <= other.start or other.stop <= place.start
+            is_first = first is not None and meaning[operand.index] == meaning.get(
+                first.index
+            )  # or a view of it
+            may_share = is_first and op.sharing in ("view", "in_place") and place == other
+            assert apart or may_share, f"{result} lies on {operand} in {instruction}"
+        if op.sharing == "view" and first is not None and first.index in plan.placements:
+            assert place == _range(plan, first, sizes), f"{instruction} is a view, elsewhere"
+            meaning[result.index] = meaning[first.index]
+        else:
+            meaning[result.index] = result.index
+            marks[place] = result.index
+
+
+@holds("PRG-8", "memory_plan", level="M")
+def places_are_aligned_and_large_enough(subject: Subject, data: st.DataObject) -> None:
+    """Offsets are multiples of 64, and a value's bytes fit."""
+    program, plan, sizes = _planned(subject, data)
+    values = {i.result.index: i.result for i in program}
+    for index, place in plan.placements.items():
+        assert place.offset % 64 == 0, f"{values[index]} lies at {place.offset}"
+        needed = int(np.prod(concrete(values[index].shape, sizes))) * subject.policy.activations.itemsize
+        assert place.nbytes >= needed, f"{values[index]} has {place.nbytes} bytes and needs {needed}"
+
+
+@holds("PRG-9", "memory_plan", level="M")
+def the_arena_ends_with_its_last_value(subject: Subject, data: st.DataObject) -> None:
+    """Its size is the largest end of a place, or zero."""
+    _, plan, _ = _planned(subject, data)
+    assert plan.arena_bytes == max((p.offset + p.nbytes for p in plan.placements.values()), default=0)
+
+
+@holds("PRG-10", "memory_plan", level="M")
+def every_result_but_the_output_has_a_place(subject: Subject, data: st.DataObject) -> None:
+    """Placed are the results of ops that are not states, without the output; leaves are not."""
+    program, plan, _ = _planned(subject, data)
+    results = {i.result.index for i in program if i.op.sharing != "state"}
+    assert plan.placements.keys() == results - {program.output.index}
+
+
+@holds("PRG-10", "backend")
+def an_output_that_is_a_view_is_given_whole(subject: Subject, data: st.DataObject) -> None:
+    """A view of a value in the arena, asked for as the result, arrives with the value's numbers."""
+    tokens = data.draw(st.integers(1, 7))
+    x = np.random.default_rng(tokens).integers(-9, 10, (tokens, HEADS, 3)).astype(np.float32)
+    assert np.array_equal(subject.apply("merge_heads", x), x.reshape(tokens, -1))
+
+
+@holds("PRG-11", "memory_plan", level="M")
+def layers_share_one_layers_space(subject: Subject, data: st.DataObject) -> None:
+    """From two layers on, more layers of the same kind need no larger arena."""
+    family = data.draw(st.sampled_from(sorted(FAMILIES)))
+    sizes = _sizes(data)
+    arenas = {
+        subject.plan(subject.trace(tiny_model(family, layers=layers)), subject.policy, sizes).arena_bytes
+        for layers in (2, data.draw(st.integers(3, 9)))
+    }
+    assert len(arenas) == 1, f"arenas of {arenas} bytes"
+
+
+@holds("PRG-12", "backend", "memory_plan")
+def a_plan_holds_for_every_smaller_step(subject: Subject, data: st.DataObject) -> None:
+    """Exact arithmetic, planned for many tokens, in steps of fewer, in any order."""
+    case = data.draw(arithmetic(subject))
+    most = len(case.expected)
+    executable = subject.compile(case.program, case.weights, most + data.draw(st.integers(0, 30)), rows=most)
+    for _ in range(3):
+        tokens = data.draw(st.integers(1, most))
+        rows = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=most))
+        result = executable.run(one_sequence(tokens, rows))
+        assert np.array_equal(result, case.expected[rows]), f"{tokens} tokens, rows {rows}\n{case.program}"
+
+
+def _prompts(data: st.DataObject, model: Model) -> Prompts:
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    ids = tuple(tuple(rng.integers(0, model.spec.vocabulary_size, n).tolist()) for n in lengths)
+    return Prompts(model, ids, data.draw(st.sampled_from([1, 4, 16])))
+
+
+def _arrays(subject: Subject, prompts: Prompts) -> tuple[dict[str, FloatArray], list[LayerCache]]:
+    """A model's weights and an empty cache, as arrays of the policy's dtypes."""
+    weights = {r: t.decode().astype(subject.policy.activations) for r, t in prompts.model.weights.items()}
+    caches = []
+    for layer in prompts.model.spec.layers:
+        shape = (2, prompts.num_blocks, prompts.block_size, layer.kv_heads, layer.head_size)
+        caches.append(LayerCache(*np.zeros(shape, subject.policy.kv)))
+    return weights, caches
+
+
+def _interpret(
+    subject: Subject, prompts: Prompts, program: Program, batch: StepBatch
+) -> list[tuple[Instruction, FloatArray]]:
+    """Each instruction with its result: ops one after the other, every result in memory of its own."""
+    weights, caches = _arrays(subject, prompts)
+    inputs = input_arrays(batch)
+    values: dict[int, Any] = {}
+    for leaf in program.leaves:
+        if leaf.kind == "state":
+            values[leaf.index] = caches[int(leaf.name.split(".")[1])]
+        else:
+            values[leaf.index] = (inputs if leaf.kind == "input" else weights)[leaf.name]
+    done: list[tuple[Instruction, FloatArray]] = []
+    for instruction in program:
+        operands = [None if v is None else values[v.index] for v in instruction.operands]
+        result = instruction.op.golden(*operands, **instruction.attributes)
+        values[instruction.result.index] = result
+        done.append((instruction, result))
+    return done
+
+
+def _planned(subject: Subject, data: st.DataObject) -> tuple[Program, MemoryPlan, dict[str, int]]:
+    """A model's program or arithmetic, with its plan."""
+    if data.draw(st.booleans()):
+        program = subject.trace(data.draw(MODELS))
+    else:
+        program = data.draw(arithmetic(subject)).program
+    sizes = _sizes(data)
+    return program, subject.plan(program, subject.policy, sizes), sizes
+
+
+def _sizes(data: st.DataObject) -> dict[str, int]:
+    tokens = data.draw(st.integers(1, 20))
+    return {"T": tokens, "S": data.draw(st.integers(1, tokens)), "R": data.draw(st.integers(1, tokens))}
+
+
+def _range(plan: MemoryPlan, value: Value, sizes: Mapping[str, int]) -> slice:
+    offset = plan.placements[value.index].offset
+    return slice(offset, offset + int(np.prod(concrete(value.shape, sizes))) * plan.dtype.itemsize)
+
+
+def _cells(
+    marks: NDArray[np.int64], plan: MemoryPlan, value: Value, sizes: Mapping[str, int]
+) -> NDArray[np.int64]:
+    return marks[_range(plan, value, sizes)]
+
+
+def _shape(operand: Operand, sizes: Mapping[str, Dim]) -> Shape:
+    """A shape that fits; ``...`` stands for one axis."""
+    return tuple("T" if dim == "..." else sizes[dim] for dim in operand.dims)
+
+
+def _record(tracer: Tracer, op: str, shapes: Sequence[Shape], attributes: Mapping[str, int]) -> Value:
+    """Record an op on symbols of these shapes."""
+    value: Value = getattr(tracer, op)(
+        *(tracer.symbol("x", "input", shape) for shape in shapes), **attributes
+    )
+    return value

@@ -1,0 +1,74 @@
+"""A request on its way: its tokens, how many of them are in the cache, and the text they make."""
+
+from __future__ import annotations
+
+from refengine.ops import FloatArray
+from refengine.request import FinishReason, Output, Request
+from refengine.sampling import Sampled
+from refengine.stopping import StopScanner
+from refengine.tokenizer import StreamDecoder
+
+
+class Sequence:
+    """One request and what has become of it.
+
+    Args:
+        number: the request's number.
+        request: what was asked.
+        decoder: turns its tokens into text; ``None`` where nobody wants text.
+
+    Attributes:
+        tokens: ids of prompt and output.
+        computed: how many of these are in the KV cache.
+        prompt_logits: the logits kept so far, in order of position.
+    """
+
+    def __init__(self, number: int, request: Request, decoder: StreamDecoder | None) -> None:
+        self.number, self.request = number, request
+        self.tokens = list(request.prompt)
+        self.computed = 0
+        self.prompt_logits: list[FloatArray] = []
+        self._decoder, self._scanner = decoder, StopScanner(request.stop)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of output."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def first_logits(self) -> int:
+        """The first token after which logits are wanted: the last known one, or where the request says."""
+        wanted = self.request.logits_from
+        return len(self.tokens) - 1 if wanted is None else wanted
+
+    def restart(self) -> None:
+        """Forget what was computed, not what was generated."""
+        self.computed = 0
+        self.prompt_logits = []
+
+    def accept(self, sampled: Sampled | None) -> Output:
+        """Take a sampled token (none where no more may come); tells what to show and whether this ends it.
+
+        Clauses: SMP-13, SMP-14.
+        """
+        if sampled is None:
+            return self._end(None, "", "length")
+        self.tokens.append(sampled.token)
+        if sampled.token in self.request.stop_ids:
+            return self._end(sampled, "", "stop")
+        text, stopped = (
+            self._scanner.push(self._decoder.push(sampled.token)) if self._decoder else ("", False)
+        )
+        if stopped:
+            return Output(self.number, sampled, text, "stop")
+        if self.generated == self.request.max_tokens:
+            return self._end(sampled, text, "length")
+        return Output(self.number, sampled, text)
+
+    def _end(self, sampled: Sampled | None, text: str, reason: FinishReason) -> Output:
+        """The last output: with the text that was held back, unless a stop string ends that."""
+        if self._decoder is not None:
+            rest, stopped = self._scanner.push(self._decoder.finish())
+            text += rest if stopped else rest + self._scanner.finish()
+            reason = "stop" if stopped else reason
+        return Output(self.number, sampled, text, reason)
