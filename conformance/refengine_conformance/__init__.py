@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refengine_conformance.registry import Property, holds, properties
+    from refengine_conformance.registry import Property, all_properties, holds
     from refengine_conformance.subject import Subject
 
-_HOMES = {"Property": "registry", "holds": "registry", "properties": "registry", "Subject": "subject"}
+_HOMES = {"Property": "registry", "holds": "registry", "all_properties": "registry", "Subject": "subject"}
 
-__all__ = ["Property", "Subject", "holds", "properties"]
+__all__ = ["Property", "Subject", "all_properties", "holds"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ def holds(clause: str, *parts: str, level: Level = "L1", tier: Tier = "ops") -> 
 
 
 @cache
-def properties() -> tuple[Property, ...]:
+def all_properties() -> tuple[Property, ...]:
     """All properties of the suite, in the order of their modules and lines."""
     package: Any = import_module("refengine_conformance.properties")
     modules = [import_module(f"{package.__name__}.{m.name}") for m in iter_modules(package.__path__)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from refengine_conformance.faults.fault import Fault
 from refengine_conformance.outcome import Profile, Task
-from refengine_conformance.registry import Property, properties
+from refengine_conformance.registry import Property, all_properties
 from refengine_conformance.runner import Worker
 from refengine_conformance.subject import Subject
 from refengine_conformance.subjects import BackendSubject
@@ -96,6 +96,6 @@ def judge(fault: Fault, worker: Worker, profile: Profile, *, seed: int = 0) -> V
 
 def _suspects(fault: Fault) -> list[Property]:
     """The properties of the clause, then those of other clauses that exercise the same parts."""
-    own = [p for p in properties() if p.clause == fault.clause]
+    own = [p for p in all_properties() if p.clause == fault.clause]
     parts = frozenset[str]().union(*(p.parts for p in own))
-    return own + [p for p in properties() if p.clause != fault.clause and p.parts & parts]
+    return own + [p for p in all_properties() if p.clause != fault.clause and p.parts & parts]

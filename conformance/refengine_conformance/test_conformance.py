@@ -8,7 +8,7 @@ import pytest
 
 from refengine.errors import BackendError
 from refengine_conformance.outcome import PROFILES, Task
-from refengine_conformance.registry import properties
+from refengine_conformance.registry import all_properties
 from refengine_conformance.runner import Worker
 from refengine_conformance.subjects import BackendSubject
 from refengine_conformance.support import Examine
@@ -35,7 +35,7 @@ def worker(subject: BackendSubject) -> Iterator[Worker]:
         yield worker
 
 
-@pytest.mark.parametrize("id", [item.id for item in properties()])
+@pytest.mark.parametrize("id", [item.id for item in all_properties()])
 def test_property(id: str, subject: BackendSubject, worker: Worker, pytestconfig: pytest.Config) -> None:
     """The backend has the property; where it declares to lack an op that this takes, the test is skipped."""
     profile = PROFILES[pytestconfig.getoption("--refengine-profile")]

@@ -131,9 +131,9 @@ class _LacksTooMuch(BaseException):
 
 
 def _property(id: str) -> Any:
-    from refengine_conformance.registry import properties
+    from refengine_conformance.registry import all_properties
 
-    return next(p for p in properties() if p.id == id)
+    return next(p for p in all_properties() if p.id == id)
 
 
 def _is_failure(error: Exception) -> bool:

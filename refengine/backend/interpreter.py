@@ -207,7 +207,10 @@ class InterpretedProgram:
                     logits[...] = values[result]
             else:
                 out = self._places.get(result, logits)
-                values[result] = function(*operands, **instruction.attributes, out=out)
+                value = function(*operands, **instruction.attributes, out=out)
+                if value is not out:  # a function may ignore the place it is offered; its result lands there
+                    out[...] = value
+                values[result] = out
 
     def _bind(self) -> dict[int, Any]:
         """Weights and caches by the index of their values.

@@ -122,9 +122,9 @@ def _hold(
     fallback: bool,
 ) -> Conformance:
     from refengine_conformance.conform import conform
-    from refengine_conformance.registry import properties
+    from refengine_conformance.registry import all_properties
 
-    selected = tuple(p for p in properties() if _is_chosen(p.clause, chosen))
+    selected = tuple(p for p in all_properties() if _is_chosen(p.clause, chosen))
     _check_choice(chosen, selected)
     with _Progress(len(selected) * len(policies)) as progress:
         return conform(

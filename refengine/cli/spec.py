@@ -70,10 +70,10 @@ def coverage() -> None:
     """
     require_suite()
     from refengine.specification import clauses
-    from refengine_conformance.registry import properties
+    from refengine_conformance.registry import all_properties
 
     names: dict[str, list[str]] = {id: [] for id in clauses()}
-    for item in properties():
+    for item in all_properties():
         names.setdefault(item.clause, []).append(item.name)
     rows = [(id, name) for id, found in names.items() for name in found or ["nothing proves it"]]
     print_table({"CLAUSE": "left", "PROPERTY": "left"}, rows)

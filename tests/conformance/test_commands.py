@@ -24,10 +24,10 @@ from refengine.cli.commands import refengine as command
 from refengine.specification import clauses
 from refengine_conformance import Subject, conform
 from refengine_conformance.bounds import BoundExceeded, check_bound
-from refengine_conformance.registry import properties
+from refengine_conformance.registry import all_properties
 from refengine_conformance.self_test import faults
 
-NORM = next(item for item in properties() if item.parts == {"rms_norm"})
+NORM = next(item for item in all_properties() if item.parts == {"rms_norm"})
 
 
 def run(*arguments: str) -> Result:

@@ -11,13 +11,13 @@ from conformance import suspects
 from refengine.errors import BackendFailedError, UnknownBackendError
 from refengine_conformance.faults.fault import Fault
 from refengine_conformance.outcome import PROFILES, Outcome, Task
-from refengine_conformance.registry import Property, properties
+from refengine_conformance.registry import Property, all_properties
 from refengine_conformance.runner import Worker, run_suite
 from refengine_conformance.self_test import Verdict, faults, judge
 from refengine_conformance.subjects import BackendSubject
 from refengine_conformance.support import Examine
 
-NORM = next(item for item in properties() if item.parts == {"rms_norm"})
+NORM = next(item for item in all_properties() if item.parts == {"rms_norm"})
 QUICK = PROFILES["quick"]
 
 
@@ -28,7 +28,7 @@ def worker() -> Iterator[Worker]:
 
 
 @pytest.mark.parametrize("policy", ["float32", "float64"])
-@pytest.mark.parametrize("item", properties(), ids=lambda item: item.id)
+@pytest.mark.parametrize("item", all_properties(), ids=lambda item: item.id)
 def test_the_golden_engine_conforms(item: Property, policy: str, worker: Worker) -> None:
     """Every property holds on the NumPy backend, under both policies."""
     outcome = worker.hold(Task(BackendSubject("numpy", policy), item.id, QUICK.examples, 0, QUICK.limit_s))

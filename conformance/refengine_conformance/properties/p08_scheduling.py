@@ -387,7 +387,7 @@ def watched(
     engine = Engine(
         model(family),
         subject.start(),
-        EngineConfig(subject.policy.name, **limits),
+        EngineConfig(subject.policy.name, fallback=subject.fallback, **limits),
         schedule=subject.schedule,
         sample=sample or subject.sample,
         kv_cache=kv_cache,

@@ -300,7 +300,7 @@ def run(subject: Subject, request: Request, tokenizer: Tokenizer | None = None) 
     engine = Engine(
         model(),
         subject.start(),
-        EngineConfig(policy=subject.policy.name),
+        EngineConfig(policy=subject.policy.name, fallback=subject.fallback),
         tokenizer,
         schedule=subject.schedule,
         sample=subject.sample,
