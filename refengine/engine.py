@@ -17,7 +17,7 @@ from refengine.models import Model, ModelSpec
 from refengine.ops import FloatArray
 from refengine.program import Policy, StepBatch, plan_memory, policy
 from refengine.request import Output, Request
-from refengine.sampling import Sampled, sample
+from refengine.sampling import Sampled, check_finite, sample
 from refengine.sequence import Sequence
 from refengine.tokenizer import Tokenizer
 
@@ -127,6 +127,12 @@ class Engine:
         return number
 
     @property
+    def context_length(self) -> int:
+        """Positions one request may use: the model's context, or what the KV cache has room for."""
+        rooms = [self._memory.capacity(g) for g, pool in enumerate(self.layout.groups) if pool.window is None]
+        return min([self.model.spec.context_length, *rooms])
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._waiting or self._running)
@@ -173,6 +179,7 @@ class Engine:
 
         Raises:
             RequestError: the prompt cannot be served, or other requests are unfinished.
+            NumericalError: a logit is NaN or infinite.
         """
         if self.has_work:
             raise RequestError("prompt logits are computed on an idle engine; finish or abort its requests")
@@ -180,7 +187,9 @@ class Engine:
         sequence = self._sequences[number]
         while number in self._sequences:
             self.step()
-        return np.concatenate(sequence.prompt_logits)
+        logits = np.concatenate(sequence.prompt_logits)
+        check_finite(logits)
+        return logits
 
     def _check_room(self, prompt: int, max_tokens: int) -> None:
         context = self.model.spec.context_length

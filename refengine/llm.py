@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class LLM:
                 self._forget(number)
 
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
-               **sampling: Any) -> Iterator[Output]:  # fmt: skip
+               **sampling: Any) -> Generator[Output]:  # fmt: skip
         """Continue a prompt, token by token.
 
         The request begins with the first token asked for; closing the iterator aborts it.
@@ -142,11 +142,11 @@ class LLM:
         if isinstance(stop, str):
             stop = (stop,)
         if max_tokens is None:
-            max_tokens = self.model.spec.context_length - len(ids)
+            max_tokens = self.engine.context_length - len(ids)
             if max_tokens < 1:
                 raise ContextLengthError(
-                    f"the prompt has {len(ids)} tokens, and the model's context is "
-                    f"{self.model.spec.context_length}: shorten the prompt"
+                    f"the prompt has {len(ids)} tokens, and there is room for {self.engine.context_length}: "
+                    "shorten the prompt"
                 )
         unknown = set(sampling) - set(SamplingParams.__dataclass_fields__)
         if unknown:
@@ -158,7 +158,7 @@ class LLM:
             tuple(ids), max_tokens, SamplingParams(**sampling), frozenset(self.tokenizer.end_ids), tuple(stop)
         )
 
-    def _run(self, request: Request) -> Iterator[Output]:
+    def _run(self, request: Request) -> Generator[Output]:
         yield from self._follow(self._submit(request))
 
     def _submit(self, request: Request) -> int:
@@ -175,7 +175,7 @@ class LLM:
             request.prompt,
         )
 
-    def _follow(self, number: int) -> Iterator[Output]:
+    def _follow(self, number: int) -> Generator[Output]:
         """The outputs of one request, stepping the engine for all of them."""
         mine = self._outputs[number]
         try:

@@ -89,8 +89,7 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
     Clauses: SMP-1, SMP-2, SMP-4, SMP-5, SMP-12.
     """
     raw = logits.astype(np.float64)
-    if not np.isfinite(raw).all():
-        raise NumericalError("the logits are not finite: the weights or the arithmetic overflowed")
+    check_finite(raw)
     scores = _penalised(raw, params.repetition_penalty, history)
     if params.temperature == 0.0:
         token = int(scores.argmax())
@@ -102,6 +101,15 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
     logprobs = log_softmax(raw)
     top = np.lexsort((np.arange(len(raw)), -raw))[: params.logprobs]
     return Sampled(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in top))
+
+
+def check_finite(logits: NDArray[Any]) -> None:
+    """Raise `NumericalError` where a logit is NaN or infinite.
+
+    Clauses: SMP-2.
+    """
+    if not np.isfinite(logits).all():
+        raise NumericalError("the logits are not finite: the weights or the arithmetic overflowed")
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

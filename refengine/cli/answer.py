@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from refengine.cli.terminal import write_answer
 from refengine.errors import RefengineError
@@ -39,7 +39,7 @@ class Answer:
         """All text so far."""
         return "".join(self._texts)
 
-    def show(self, stream: Callable[[], Iterator[Output]]) -> None:
+    def show(self, stream: Callable[[], Generator[Output]]) -> None:
         """Follow a stream and write its text to stdout as it comes, with an end of line after it.
 
         After an interrupt, the line is left as it is: the terminal has put ``^C`` there.
@@ -51,10 +51,10 @@ class Answer:
             raise
         self._end_line()
 
-    def follow(self, stream: Callable[[], Iterator[Output]], write: Callable[[str], None]) -> None:
+    def follow(self, stream: Callable[[], Generator[Output]], write: Callable[[str], None]) -> None:
         """Start a stream and pass its text on as it comes; whatever ends this early aborts the request."""
         started = perf_counter()
-        with closing(cast("Generator[Output]", stream())) as outputs:
+        with closing(stream()) as outputs:
             for output in outputs:
                 self._take(output, perf_counter() - started)
                 write(output.text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,6 @@ class Generation:
     stop: tuple[str, ...]
     sampling: SamplingParams
 
-    def stream(self, llm: LLM, prompt_ids: Sequence[int]) -> Iterator[Output]:
+    def stream(self, llm: LLM, prompt_ids: Sequence[int]) -> Generator[Output]:
         """Submit a prompt and follow its answer."""
         return llm.stream(prompt_ids, max_tokens=self.max_tokens, stop=self.stop, **asdict(self.sampling))

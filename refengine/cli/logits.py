@@ -114,10 +114,9 @@ def _likeliest(scores: FloatArray, top: int) -> list[Candidate]:
     """
     import numpy as np
 
-    from refengine.sampling import log_softmax
+    from refengine.sampling import check_finite, log_softmax
 
-    if not np.isfinite(scores).all():
-        raise NumericalError("the logits are not finite: the weights or the arithmetic overflowed")
+    check_finite(scores)
     logprobs = log_softmax(scores)
     order = np.argsort(-scores, kind="stable")[:top]
     return [Candidate(int(id), float(scores[id]), float(logprobs[id])) for id in order]
