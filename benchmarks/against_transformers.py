@@ -21,6 +21,7 @@ from pathlib import Path
 
 PROMPT = 512
 GENERATED = 48
+REQUESTS = 16
 REPEATS = 3
 
 
@@ -61,6 +62,7 @@ def print_table(model: str, rounds: dict[str, list[dict[str, float]]]) -> None:
 LABELS = {
     "prefill": f"prefill of {PROMPT} tokens, tok/s",
     "decode": f"decode of {GENERATED} tokens, tok/s",
+    "decode_many": f"the same, {REQUESTS} requests at once, tok/s",
     "load_s": "load, s",
     "peak_rss_mb": "peak RSS, MB",
 }
@@ -72,15 +74,20 @@ def run_refengine(name: str) -> dict[str, float]:
     begin = time.perf_counter()
     llm = refengine.load(name, backend="numpy")
     load_s = time.perf_counter() - begin
-    llm.tokenizer.end_ids = frozenset()
 
     def prefill() -> None:
         llm.generate(PROMPT_IDS, max_tokens=1)
 
-    def decode() -> Callable[[], None]:
-        outputs = llm.stream(PROMPT_IDS[:8], max_tokens=GENERATED + 1)
-        next(outputs)
-        return lambda: list(outputs) and None
+    def decode(requests: int) -> Callable[[], None]:
+        for number in range(requests):
+            llm.engine.submit(refengine.Request(tuple(PROMPT_IDS[number : number + 8]), GENERATED + 1))
+        llm.engine.step()  # all prompts, and the first token of each
+
+        def steps() -> None:
+            while llm.engine.has_work:
+                llm.engine.step()
+
+        return steps
 
     return measure(prefill, decode, load_s)
 
@@ -102,8 +109,9 @@ def run_transformers(name: str) -> dict[str, float]:
         model(torch.tensor([PROMPT_IDS]), logits_to_keep=1)
 
     @torch.inference_mode()
-    def decode() -> Callable[[], None]:
-        first = model(torch.tensor([PROMPT_IDS[:8]]), use_cache=True)
+    def decode(requests: int) -> Callable[[], None]:
+        prompts = [PROMPT_IDS[number : number + 8] for number in range(requests)]
+        first = model(torch.tensor(prompts), use_cache=True)
         cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
 
         @torch.inference_mode()
@@ -123,14 +131,17 @@ PROMPT_IDS = [1000 + 7 * i for i in range(PROMPT)]
 
 
 def measure(
-    prefill: Callable[[], None], decode: Callable[[], Callable[[], None]], load_s: float
+    prefill: Callable[[], None], decode: Callable[[int], Callable[[], None]], load_s: float
 ) -> dict[str, float]:
-    """Medians of a few runs after one to warm up; ``decode()`` prepares and returns what is timed."""
+    """Medians of a few runs after one to warm up; ``decode(requests)`` prepares and returns what is timed."""
     prefill()
     return {
         "load_s": load_s,
         "prefill": PROMPT / statistics.median(seconds(prefill) for _ in range(REPEATS)),
-        "decode": GENERATED / statistics.median(seconds(decode()) for _ in range(REPEATS)),
+        "decode": GENERATED / statistics.median(seconds(decode(1)) for _ in range(REPEATS)),
+        "decode_many": REQUESTS
+        * GENERATED
+        / statistics.median(seconds(decode(REQUESTS)) for _ in range(REPEATS)),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

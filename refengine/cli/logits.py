@@ -14,7 +14,6 @@ from refengine.cli.options import engine_options, json_option, model_argument, t
 from refengine.cli.pieces import parse_ids, piece, token_json
 from refengine.cli.tables import print_table
 from refengine.cli.terminal import aside, piped_text, write_json
-from refengine.errors import NumericalError
 
 if TYPE_CHECKING:
     from refengine.ops import FloatArray
