@@ -64,10 +64,10 @@ def load(
     checkpoint = loader.open(name, progress=progress)
     tokenizer = build_tokenizer(checkpoint.metadata)
     model = build(checkpoint)
-    if tokenizer.vocabulary_size > model.spec.vocabulary_size:
+    tokens, rows = tokenizer.vocabulary_size, model.spec.vocabulary_size
+    if tokens != rows:
         raise checkpoint.metadata.error(
-            "tokenizer.ggml.tokens",
-            f"has {tokenizer.vocabulary_size} entries, the embedding only {model.spec.vocabulary_size} rows",
+            "tokenizer.ggml.tokens", f"has {tokens} entries, but the embedding has {rows} rows"
         )
     return LLM(model, tokenizer, Engine(model, backends.load(backend), config, tokenizer))
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli.alphabet_model import write_model
 
 import refengine
 from refengine import LLM
-from refengine.errors import ContextLengthError, RequestError
+from refengine.errors import ContextLengthError, FormatError, RequestError
+from refengine.loader import Checkpoint
+from refengine.models import Model
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,20 @@ def test_a_stream_nobody_reads_costs_nothing(llm: LLM) -> None:
     """The request begins with the first token asked for."""
     llm.stream(PROMPT, max_tokens=5)
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("rows", [256, 262])
+def test_a_vocabulary_must_match_the_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Rows without a token, or tokens without a row: a sampled id could mean nothing, so the file is refused."""
+    path = write_model(tmp_path / "model.gguf")
+    whole = refengine.llm.build
+
+    def build(checkpoint: Checkpoint) -> Model:
+        model = whole(checkpoint)
+        return Model(replace(model.spec, vocabulary_size=rows), model.weights)
+
+    monkeypatch.setattr(refengine.llm, "build", build)
+    with pytest.raises(FormatError, match=rf"260 entries.* {rows} rows"):
+        refengine.load(str(path))
