@@ -22,7 +22,7 @@
         └── BlockStateError             11  a block released twice, or used while free
 
 The exit code is what the command line returns for the class; 1 is an error of another kind (a bug),
-2 a wrong command line, 130 an interrupt.
+2 a wrong command line, 12 findings of the conformance suite, 130 an interrupt, 141 a closed pipe.
 """
 
 from __future__ import annotations
