@@ -21,7 +21,8 @@ class EngineOptions:
     backend: str
     policy: str
     kv_tokens: int | None
-    offline: bool
+    fallback: bool = False
+    offline: bool = False
 
     def load(self, model: str) -> tuple[LLM, float]:
         """Load a model; also tells how many seconds that took, a download before it not counted.
@@ -35,7 +36,7 @@ class EngineOptions:
         from refengine.program import policy
 
         policy(self.policy)  # a mistyped name is told before a download, not after
-        config = EngineConfig(policy=self.policy, kv_tokens=self.kv_tokens)
+        config = EngineConfig(policy=self.policy, kv_tokens=self.kv_tokens, fallback=self.fallback)
         path = fetch(model, offline=self.offline)
         started = perf_counter()
         llm = load(str(path), backend=self.backend, config=config)

@@ -66,12 +66,20 @@ def engine_options(command: Command) -> Command:
     )
     @policy_option
     @_number("--kv-tokens", None, "a full context", "Make room for N positions in the KV cache.")
+    @click.option("--fallback", is_flag=True, help="Let golden ops stand in for what the backend lacks.")
     @offline_option
     @wraps(command)
     def with_engine(
-        *args: Any, backend: str, policy: str, kv_tokens: int | None, offline: bool, **others: Any
+        *args: Any,
+        backend: str,
+        policy: str,
+        kv_tokens: int | None,
+        fallback: bool,
+        offline: bool,
+        **others: Any,
     ) -> None:
-        command(*args, engine=EngineOptions(backend, policy, kv_tokens, offline), **others)
+        options = EngineOptions(backend, policy, kv_tokens, fallback=fallback, offline=offline)
+        command(*args, engine=options, **others)
 
     return with_engine
 

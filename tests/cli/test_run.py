@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from cli.alphabet_model import BEGIN, END, chat_ids
 from click.testing import Result
+
+from refengine.backend.interpreter import InterpretedBackend, OpFunction
+from refengine.errors import UnsupportedError
 
 Run = Callable[..., Result]
 
@@ -175,3 +178,18 @@ def test_logprobs_without_json_are_a_table_on_stderr(run: Run) -> None:
     rows = [line.split() for line in result.stderr.splitlines()]
     assert [row[0] for row in rows] == ["TOKEN", "'z'", "'.'", "'<|im_end|>'"]
     assert all(row[2:4] == row[:2] and len(row) == 6 for row in rows[1:])
+
+
+def test_a_backend_that_lacks_ops_runs_only_with_fallback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the option that mends it, and the option does."""
+
+    class Empty(InterpretedBackend):
+        name = "empty"
+        native: ClassVar[dict[str, OpFunction]] = {}
+
+    monkeypatch.setattr("refengine.backend.load", lambda name: Empty())
+    arguments = ("run", "alphabet.gguf", "x", "-n", "2", "--raw")
+    refused = run(*arguments)
+    assert refused.exit_code == UnsupportedError.exit_code
+    assert "--fallback" in refused.stderr
+    assert run(*arguments, "--fallback").stdout == "yz\n"
