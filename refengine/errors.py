@@ -17,9 +17,12 @@
     │   ├── UnknownBackendError         10
     │   ├── BackendNotInstalledError    10
     │   └── BackendFailedError          10
+    ├── OutputError                     13  a file cannot be written: it exists, or the disk is full
     └── MemoryManagerError              11  the allocator's contract
+        ├── MemoryLimitError            11  a model does not fit the memory it may take
         ├── OutOfBlocksError            11  no free KV block is left
-        └── BlockStateError             11  a block released twice, or used while free
+        ├── BlockStateError             11  a block released twice, or used while free
+        └── SequenceStateError          11  a sequence forked after its end, or begun twice
 
 The exit code is what the command line returns for the class; 1 is an error of another kind (a bug),
 2 a wrong command line, 12 findings of the conformance suite, 130 an interrupt, 141 a closed pipe.
@@ -133,10 +136,28 @@ class BackendFailedError(BackendError):
     """The backend is installed, but failed to load or to start."""
 
 
+class OutputError(RefengineError):
+    """A file cannot be written; nothing half-made is left behind, and an older one is as it was."""
+
+    exit_code = 13
+
+
 class MemoryManagerError(RefengineError):
     """The memory manager's contract was broken, or its memory is used up."""
 
     exit_code = 11
+
+
+class MemoryLimitError(MemoryManagerError):
+    """A model does not fit the memory it may take.
+
+    Attributes:
+        needed: bytes that would do.
+    """
+
+    def __init__(self, message: str, *, needed: int) -> None:
+        self.needed = needed
+        super().__init__(message)
 
 
 class OutOfBlocksError(MemoryManagerError):
@@ -145,3 +166,7 @@ class OutOfBlocksError(MemoryManagerError):
 
 class BlockStateError(MemoryManagerError):
     """A block was released twice, or used while free."""
+
+
+class SequenceStateError(MemoryManagerError):
+    """A sequence was forked after its end, or begun twice."""

@@ -23,8 +23,10 @@ SECTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "show": "show:show",
             "verify": "models:verify",
             "rm": "models:remove",
+            "synth": "synth:synth",
         },
         "Look inside": {
+            "plan": "plan:plan",
             "inspect": "inspect:inspect",
             "tokenize": "tokenize:tokenize",
             "logits": "logits:logits",

@@ -1,4 +1,4 @@
-"""A download's progress on stderr."""
+"""The progress of a download, or of a file that is written, on stderr."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
-class DownloadProgress:
-    """Implements ``refengine.loader.Progress``: a bar on a terminal, elsewhere a line when it is done."""
+class TransferProgress:
+    """Implements ``refengine.loader.Progress``: a bar on a terminal, elsewhere nothing."""
 
     def __init__(self) -> None:
         self._bar: tuple[Progress, TaskID] | None = None
@@ -25,23 +25,39 @@ class DownloadProgress:
 
     def start(self, label: str, total_bytes: int) -> None:
         """Begin a transfer."""
-        self._label, self._missing, self._total = label, total_bytes, total_bytes
-        self._started = time.perf_counter()
         if sys.stderr.isatty():
             self._bar = _start_bar(label, total_bytes)
 
     def advance(self, n_bytes: int) -> None:
         """Count bytes."""
-        self._missing -= n_bytes
         if self._bar is not None:
             progress, task = self._bar
             progress.advance(task, n_bytes)
 
     def finish(self) -> None:
-        """End the transfer; a broken one says nothing, since its error will."""
+        """End the transfer."""
         if self._bar is not None:
             self._bar[0].stop()
             self._bar = None
+
+
+class DownloadProgress(TransferProgress):
+    """Leaves a line when it is done."""
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Begin a transfer."""
+        self._label, self._missing, self._total = label, total_bytes, total_bytes
+        self._started = time.perf_counter()
+        super().start(label, total_bytes)
+
+    def advance(self, n_bytes: int) -> None:
+        """Count bytes."""
+        self._missing -= n_bytes
+        super().advance(n_bytes)
+
+    def finish(self) -> None:
+        """End the transfer; a broken one says nothing, since its error will."""
+        super().finish()
         if self._missing <= 0:
             seconds = time.perf_counter() - self._started
             aside(f"Downloaded {harmless(self._label)}: {bytes_figure(self._total)} in {seconds:.1f} s")
