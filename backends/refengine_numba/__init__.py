@@ -1,0 +1,1 @@
+"""The Numba backend: compiled kernels on the CPU, over weights laid out for its vector units."""
