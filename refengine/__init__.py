@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from refengine.engine import Engine, EngineConfig
+    from refengine.config import EngineConfig
+    from refengine.engine import Engine
     from refengine.llm import LLM, Completion, load
     from refengine.request import Output, Request
     from refengine.sampling import SamplingParams
@@ -16,7 +17,7 @@ _HOMES = {
     "LLM": "refengine.llm",
     "Completion": "refengine.llm",
     "Engine": "refengine.engine",
-    "EngineConfig": "refengine.engine",
+    "EngineConfig": "refengine.config",
     "Output": "refengine.request",
     "Request": "refengine.request",
     "SamplingParams": "refengine.sampling",

@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Iterable
+from itertools import accumulate, islice
 
 import numpy as np
 
 from refengine import scheduler
 from refengine.backend import Backend
+from refengine.config import EngineConfig
+from refengine.engine_plan import plan_engine
 from refengine.errors import ContextLengthError, MemoryManagerError, RequestError, TokenIdError
-from refengine.memory import KVCacheManager, KVGroupLayout, KVLayout
-from refengine.models import Model, ModelSpec
+from refengine.memory import FlightRecorder, KVCacheManager, KVGroupLayout
+from refengine.memory.heap import trim_heap
+from refengine.memory.prefix_cache import PrefixCache
+from refengine.memory_report import Holdings, MemoryReport, report
+from refengine.models import Model
 from refengine.ops import FloatArray
-from refengine.program import Policy, StepBatch, plan_memory, policy
+from refengine.paged_cache import PagedCache
+from refengine.program import StepBatch
 from refengine.request import Output, Request
 from refengine.sampling import Sampled, check_finite, sample
 from refengine.sequence import Sequence
-from refengine.tokenizer import Tokenizer
+from refengine.tokenizer import StreamDecoder, Tokenizer
 
+HOST_OPERATIONS = 50e9
+"""Operations per second at which a token is taken to be computed again, where swapping is weighed against it.
+A constant, and no measurement: the same requests must be scheduled alike in every run."""
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much an engine may hold.
-
-    Attributes:
-        policy: the precision policy's name.
-        token_budget: tokens computed per step at most.
-        max_sequences: requests running at once at most.
-        block_size: positions per KV block.
-        kv_tokens: positions the KV cache holds in layers that see the whole context; ``None`` for enough for
-            ``max_sequences`` full contexts, but at most 65,536 (or one context, where that is longer).
-        fallback: whether golden ops may stand in for ops that the backend lacks.
-    """
-
-    policy: str = "float32"
-    token_budget: int = 512
-    max_sequences: int = 16
-    block_size: int = 16
-    kv_tokens: int | None = None
-    fallback: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("token_budget", "max_sequences", "block_size"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
-            raise RequestError(
-                f"kv_tokens must be at least one block ({self.block_size}), not {self.kv_tokens}"
-            )
+HOST_BANDWIDTH = 5e9
+"""Bytes per second at which blocks are taken to be copied to the host or back."""
 
 
 class Engine:
@@ -64,7 +45,16 @@ class Engine:
         backend: computes its program.
         config: how much the engine may hold.
         tokenizer: turns tokens into text; without one, outputs have none.
+        on_limit: called with the flight recorder and the reason when a limit of memory is hit.
         schedule, sample, kv_cache: the engine's other parts, each replaceable by one with the same contract.
+
+    Attributes:
+        plan: what it holds; decided before anything is loaded.
+        recorder: the last events of its memory manager.
+
+    Raises:
+        MemoryLimitError: the model does not fit ``config.memory``.
+        UnsupportedError: the backend cannot compute it.
 
     Clauses: SCH-12, SCH-13, SCH-14.
     """
@@ -76,32 +66,36 @@ class Engine:
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
         *,
+        on_limit: Callable[[FlightRecorder, str], None] | None = None,
         schedule: Callable[..., scheduler.Decision] = scheduler.schedule,
         sample: Callable[..., Sampled] = sample,
-        kv_cache: Callable[[KVLayout], KVCacheManager] = KVCacheManager,
+        kv_cache: Callable[..., KVCacheManager] = KVCacheManager,
     ) -> None:
-        self.config = config or EngineConfig()
+        self.config = config = config or EngineConfig()
         self.model, self.backend, self.tokenizer = model, backend, tokenizer
         self._schedule, self._sample = schedule, sample
-        chosen = policy(self.config.policy)
-        self.layout = kv_layout(model.spec, self.config, chosen)
-        self._memory = kv_cache(self.layout)
-        budget, sequences = self.config.token_budget, self.config.max_sequences
-        self.plan = plan_memory(model.program, chosen, {"T": budget, "S": sequences, "R": budget})
-        self._executable = backend.compile(
-            model.program,
-            chosen,
-            self.plan,
-            backend.upload(model.weights, chosen),
-            self.layout,
-            backend.create_cache(self.layout),
-            fallback=self.config.fallback,
-        )
-        self._limits = scheduler.Limits(budget, sequences)
+        self.plan = plan = plan_engine(model, backend, config)
+        self.recorder = FlightRecorder(on_limit)
+        self._memory = kv_cache(plan.layout, PrefixCache()) if config.prefix_cache else kv_cache(plan.layout)
+        storage = backend.create_cache(plan.layout)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: list[int] = []
-        self._running: list[int] = []
+        self._cache = PagedCache(self._memory, storage, self.recorder, self._tokens if config.check else None)
+        self._cache.reserve(config.reserve)
+        self._executable = backend.compile(
+            plan.program,
+            plan.policy,
+            plan.activations,
+            backend.upload(model.weights, plan.policy, plan.weights),
+            plan.layout,
+            storage,
+            fallback=config.fallback,
+        )
+        self._peak, self._peak_step = Holdings(), 0
+        self._requests: dict[int, set[int]] = {}
+        self._queue = scheduler.Queue(scheduler.scheduling_policy(config.scheduling))
+        self._running: list[int] = []  # in order of admission
         self._submitted = 0
+        self._observe(logits=0)
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number.
@@ -109,7 +103,7 @@ class Engine:
         Raises:
             TokenIdError: a prompt or stop id outside the vocabulary.
             ContextLengthError: it needs more positions than the model's context or the KV cache has.
-            RequestError: stop strings without a tokenizer.
+            RequestError: stop strings without a tokenizer, or more samples than may run at once.
         """
         spec = self.model.spec
         for token in (*request.prompt, *request.stop_ids):
@@ -118,58 +112,71 @@ class Engine:
         self._check_room(len(request.prompt), request.max_tokens)
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need an engine with a tokenizer; use stop_ids")
-        number, self._submitted = self._submitted, self._submitted + 1
-        decoder = (
-            self.tokenizer.stream_decoder(skip_special=True, continuation=True) if self.tokenizer else None
-        )
-        self._sequences[number] = Sequence(number, request, decoder)
-        self._waiting.append(number)
+        if request.samples > self.config.max_sequences:
+            raise RequestError(
+                f"{request.samples} samples are asked for, and {self.config.max_sequences} sequences may run "
+                "at once: ask for fewer, or raise max_sequences"
+            )
+        number, self._submitted = self._submitted, self._submitted + request.samples
+        self._sequences[number] = Sequence(number, request, self._decoder())
+        self._requests[number] = {number}
+        self._queue.submit(number, self._terms(number, request))
+        self.recorder.record("submit", request=number, prompt=len(request.prompt), samples=request.samples)
         return number
 
     @property
     def context_length(self) -> int:
         """Positions one request may use: the model's context, or what the KV cache has room for."""
-        rooms = [self._memory.capacity(g) for g, pool in enumerate(self.layout.groups) if pool.window is None]
+        rooms = [self._memory.capacity(g) for g, pool in enumerate(self._pools) if self._holds_all(pool)]
         return min([self.model.spec.context_length, *rooms])
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._waiting or self._running)
+        return bool(self._running) or len(self._queue) > 0
 
     def step(self) -> list[Output]:
-        """Advance by one step; returns an output for every token sampled and every request ended in it."""
+        """Advance by one step; returns an output for every token sampled and every sample ended in it.
+
+        What fails ends the requests that it concerns, with its cause, and no others.
+        """
         if not self.has_work:
             return []
-        decision = self._schedule(
-            [self._job(n) for n in self._running],
-            [self._job(n) for n in self._waiting],
-            self._limits,
-            self._memory.free_blocks,
-            self._memory.missing,
-        )
-        for number in decision.preempt:
-            self._preempt(number)
-        if not decision.compute:
-            raise MemoryManagerError(
-                "no request can advance, although each alone would fit: a scheduler's bug"
-            )
-        self._running = sorted({*self._running, *(n for n, _ in decision.compute)})
-        self._waiting = [n for n in self._waiting if n not in self._running]
+        self.recorder.step += 1
+        compute = self._decide()
+        for number in [n for n, _ in compute if n in self._queue]:
+            self._queue.admit(number)
+            self._running.append(number)
+            self.recorder.record("admit", request=number, cached=self._sequences[number].computed)
         try:
-            batch, wanted = self._build_batch(decision.compute)
+            batch, wanted = self._build_batch(compute)
+            self._cache.settle()
             logits = self._executable.run(batch)
-            return self._advance(decision.compute, wanted, logits)
-        except Exception:
-            for number, _ in decision.compute:
-                self._drop(number)
-            raise
+            self._observe(logits.nbytes)
+            self.recorder.record(
+                "step", tokens=len(batch.token_ids), sequences=len(compute), rows=len(wanted),
+                bytes=self._held(logits.nbytes).total,
+            )  # fmt: skip
+            return self._advance(compute, wanted, logits)
+        except Exception as error:  # whatever a backend may raise
+            if isinstance(error, MemoryManagerError):
+                self.recorder.limit("refuse", str(error))
+            return [self._fail(number, error) for number, _ in compute if number in self._sequences]
+        finally:
+            self._cache.settle()
+            if self.recorder.step == 1:  # what was needed to decode weights and to choose BLAS calls
+                trim_heap()
 
     def abort(self, number: int) -> Output | None:
-        """End a request now and give back its memory; ``None`` where it has ended already."""
-        if number not in self._sequences:
+        """End a request now, with all its samples, and give back its memory.
+
+        ``None`` where it has ended already.
+        """
+        if number not in self._requests:
             return None
-        self._drop(number)
+        for sequence in tuple(self._requests[number]):
+            self._drop(sequence)
+        self._cache.settle()
         return Output(number, None, "", "abort")
 
     def prompt_logits(self, prompt: abc.Sequence[int], first: int = 0) -> FloatArray:
@@ -186,10 +193,26 @@ class Engine:
         number = self.submit(Request(tuple(prompt), max_tokens=0, logits_from=first))
         sequence = self._sequences[number]
         while number in self._sequences:
-            self.step()
+            for output in self.step():
+                if output.error is not None:
+                    raise output.error
         logits = np.concatenate(sequence.prompt_logits)
         check_finite(logits)
         return logits
+
+    def memory(self) -> MemoryReport:
+        """What the engine holds and has held."""
+        owners = {request: sorted(sequences) for request, sequences in self._requests.items()}
+        return report(self.plan, self.model, self._memory, owners, self._held(0), self._peak, self._peak_step)
+
+    @property
+    def _pools(self) -> tuple[KVGroupLayout, ...]:
+        return self.plan.layout.groups
+
+    @staticmethod
+    def _holds_all(pool: KVGroupLayout) -> bool:
+        """Whether a pool keeps a sequence's whole context."""
+        return pool.window is None and not pool.recent
 
     def _check_room(self, prompt: int, max_tokens: int) -> None:
         context = self.model.spec.context_length
@@ -199,23 +222,145 @@ class Engine:
                 f"the prompt has {prompt} tokens and {max_tokens} more are asked for, but the model's "
                 f"context is {context}: shorten the prompt or lower max_tokens"
             )
-        for group, pool in enumerate(self.layout.groups):
-            seen = total if pool.window is None else min(total, pool.window + self.config.token_budget)
+        budget, block = self.config.token_budget, self.config.block_size
+        for group, pool in enumerate(self._pools):
+            if pool.recent:
+                seen = min(total, budget + 2 * block)
+            else:
+                seen = total if pool.window is None else min(total, pool.window + budget)
             if seen > self._memory.capacity(group):
-                raise ContextLengthError(
+                text = (
                     f"the request needs {seen} positions of KV cache and there are "
-                    f"{self._memory.capacity(group)}: shorten the prompt, lower max_tokens or raise kv_tokens"
+                    f"{self._memory.capacity(group)}: shorten the prompt, lower max_tokens or raise "
+                    f"{'kv_tokens' if self.config.memory is None else 'the memory limit'}"
                 )
+                self.recorder.limit("refuse", text)
+                raise ContextLengthError(text)
+
+    def _tokens(self) -> dict[abc.Hashable, abc.Sequence[int]]:
+        return {number: sequence.tokens for number, sequence in self._sequences.items()}
+
+    def _decoder(self) -> StreamDecoder | None:
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.stream_decoder(skip_special=True, continuation=True)
+
+    def _decide(self) -> tuple[tuple[int, int], ...]:
+        """Ask the scheduler, and carry out what it says of memory; gives what to compute.
+
+        Where pre-empting has freed less than hoped, because others hold the same blocks, it is asked again.
+        """
+        while True:
+            adopted = self._adopt_prefixes()
+            decision = self._schedule_step()
+            if adopted and decision.preempt:  # nobody is admitted: what waits may not hold blocks
+                self._return(adopted)
+                adopted, decision = [], self._schedule_step()
+            computed = {number for number, _ in decision.compute}
+            self._return(number for number in adopted if number not in computed)
+            for number in decision.preempt:
+                self._preempt(number, swap=number in decision.swap)
+            if decision.compute:
+                return decision.compute
+            if not decision.preempt:
+                raise MemoryManagerError(
+                    "no request can advance, although each alone would fit: a scheduler's bug"
+                )
+
+    def _schedule_step(self) -> scheduler.Decision:
+        return self._schedule(
+            [self._job(n) for n in self._running],
+            map(self._job, self._queue),
+            scheduler.Limits(self._budget(), self.config.max_sequences),
+            self._memory.free_blocks,
+            self._memory.missing,
+            self._memory.reclaimable,
+            policy=self._queue.policy,
+            host=self._host(),
+        )
+
+    def _host(self) -> scheduler.HostPool | None:
+        """Room for the blocks of the pre-empted, and what it costs to use it."""
+        if not self.config.swap:
+            return None
+        return scheduler.HostPool(
+            self.config.swap - self._cache.swapped_bytes,
+            tuple(self.plan.layout.block_bytes(g) for g in range(len(self._pools))),
+            self._memory.held,
+            token_seconds=2 * self.model.size / HOST_OPERATIONS,
+            byte_seconds=1 / HOST_BANDWIDTH,
+        )
+
+    def _budget(self) -> int:
+        """Tokens that the next step may compute: no more of them may want logits than there are rows."""
+        unfinished = list(self._sequences.values())
+        if all(sequence.request.logits_from is None for sequence in unfinished):
+            return self.config.token_budget
+        unwanted = unfinished[0].first_logits - unfinished[0].computed if len(unfinished) == 1 else 0
+        return min(self.config.token_budget, max(unwanted, 0) + self.config.rows)
 
     def _job(self, number: int) -> scheduler.Job:
         sequence = self._sequences[number]
-        return scheduler.Job(number, len(sequence.tokens), sequence.computed, self._memory.held(number))
+        reserve: scheduler.Blocks = ()
+        if (expected := sequence.request.expected_tokens) is not None:
+            reserve = self._memory.missing(number, len(sequence.request.prompt) + expected)
+        return scheduler.Job(
+            number,
+            len(sequence.tokens),
+            sequence.computed,
+            sequence.places,
+            reserve,
+            self._queue.terms(number),
+        )
+
+    def _terms(self, number: int, request: Request) -> scheduler.Terms:
+        expected = request.max_tokens if request.expected_tokens is None else request.expected_tokens
+        return scheduler.Terms(
+            arrival=number,
+            submitted=self.recorder.step,
+            prompt=len(request.prompt),
+            output=expected,
+            samples=request.samples,
+            priority=request.priority,
+            tenant=request.tenant,
+            deadline=request.deadline,
+        )
+
+    def _adopt_prefixes(self) -> list[int]:
+        """Give the requests that may be admitted next the cached blocks of their beginnings."""
+        if not self.config.prefix_cache:
+            return []
+        places = self.config.max_sequences - sum(self._sequences[n].places for n in self._running)
+        adopted = []
+        for number in list(islice(self._queue, max(places, 0))):
+            sequence = self._sequences[number]
+            if self._cache.is_swapped(number):
+                continue
+            sequence.computed = self._memory.adopt(
+                number,
+                sequence.tokens,
+                sequence.request.cache_salt,
+                sequence.first_logits,
+                again=sequence.looked_up,
+            )
+            sequence.looked_up = True
+            if sequence.computed:
+                adopted.append(number)
+        return adopted
+
+    def _return(self, numbers: Iterable[int]) -> None:
+        """Take adopted blocks back from requests that are not admitted."""
+        for number in numbers:
+            self._memory.release(number)
+            self._sequences[number].computed = 0
 
     def _build_batch(self, compute: abc.Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
-        """The step's arrays, and for every row of logits the request it belongs to."""
+        """The step's arrays, and for every row of logits the sequence it belongs to."""
         spans = []
         for number, count in compute:
             start = self._sequences[number].computed
+            if self._cache.is_swapped(number):
+                self._cache.swap_in(number)
             self._memory.grow(number, start + count)
             spans.append((number, start, start + count))
         starts = [0, *accumulate(stop - start for _, start, stop in spans)]
@@ -225,7 +370,7 @@ class Engine:
             first = self._sequences[number].first_logits
             rows += range(top + max(first - start, 0), top + stop - start)
             wanted += [number] * (stop - max(first, start))
-        groups = range(len(self.layout.groups))
+        pools = range(len(self._pools))
         numbers = [number for number, _, _ in spans]
         batch = StepBatch(
             token_ids=_int32([t for n, start, stop in spans for t in self._sequences[n].tokens[start:stop]]),
@@ -233,11 +378,8 @@ class Engine:
             query_starts=_int32(starts),
             context_lens=_int32([stop for _, _, stop in spans]),
             logit_rows=_int32(rows),
-            slot_mapping=tuple(
-                np.concatenate([self._memory.tables(n)[g].slots(start, stop) for n, start, stop in spans])
-                for g in groups
-            ),
-            block_tables=tuple(self._memory.padded_tables(numbers, g) for g in groups),
+            slot_mapping=tuple(self._memory.slots(spans, g) for g in pools),
+            block_tables=tuple(self._memory.padded_tables(numbers, g) for g in pools),
         )
         return batch, wanted
 
@@ -249,57 +391,83 @@ class Engine:
         for number, count in compute:
             sequence = self._sequences[number]
             sequence.computed += count
+            if self.config.prefix_cache:  # before a window passes the blocks
+                self._memory.publish(number, sequence.tokens, sequence.request.cache_salt, sequence.computed)
             self._memory.release_passed(number, sequence.computed)
             rows = logits[[i for i, owner in enumerate(wanted) if owner == number]]
             if sequence.request.logits_from is not None:
                 sequence.prompt_logits.append(rows)
-            if sequence.computed < len(sequence.tokens):
-                continue
-            sampled = None
-            if sequence.generated < sequence.request.max_tokens:
-                sampled = self._sample(
-                    rows[-1], sequence.request.sampling, sequence.tokens, sequence.generated
-                )
-            output = sequence.accept(sampled)
-            outputs.append(output)
-            if output.finish_reason:
-                self._drop(number)
+            if sequence.computed == len(sequence.tokens):
+                outputs += [self._accept(each, rows[-1]) for each in self._divide(sequence)]
         return outputs
 
-    def _preempt(self, number: int) -> None:
-        """Take a running request's memory; it will be computed again, with the same result."""
-        self._memory.release(number)
-        self._sequences[number].restart()
+    def _divide(self, sequence: Sequence) -> list[Sequence]:
+        """The samples that go on from here: more than one where a prompt is computed that asks for them."""
+        samples = [sequence]
+        for index in range(1, sequence.places):
+            number = sequence.number + index
+            self._memory.fork(sequence.number, number)
+            self._sequences[number] = sequence.fork(number, self._decoder())
+            self._requests[sequence.request_number].add(number)
+            self._queue.fork(sequence.number, number)
+            self._running.insert(self._running.index(sequence.number) + index, number)
+            self.recorder.record("fork", parent=sequence.number, child=number)
+            samples.append(self._sequences[number])
+        sequence.places = 1
+        return samples
+
+    def _accept(self, sequence: Sequence, logits: FloatArray) -> Output:
+        """Sample a sequence's next token, if it may have one."""
+        sampled = None
+        try:
+            if sequence.generated < sequence.request.max_tokens:
+                sampled = self._sample(logits, sequence.sampling, sequence.tokens, sequence.generated)
+            output = sequence.accept(sampled)
+        except Exception as error:  # of this sequence alone
+            return self._fail(sequence.number, error)
+        if output.finish_reason:
+            self._drop(sequence.number)
+        return output
+
+    def _fail(self, number: int, error: Exception) -> Output:
+        """End a sequence for a reason that is not its own."""
+        sequence = self._sequences[number]
+        self._drop(number)
+        return Output(sequence.request_number, None, "", "error", sequence.sample, error)
+
+    def _preempt(self, number: int, *, swap: bool) -> None:
+        """Take a running request's memory; what it held is kept on the host, or computed again."""
+        self.recorder.limit("preempt", "the KV cache is full", request=number, swapped=swap)
+        if swap:
+            self._cache.swap_out(number)
+        else:
+            self._memory.release(number)
+            self._sequences[number].restart()
         self._running.remove(number)
-        self._waiting = sorted([*self._waiting, number])
+        self._queue.preempt(number)
 
     def _drop(self, number: int) -> None:
-        self._memory.release(number)
-        self._sequences.pop(number, None)
-        self._waiting = [n for n in self._waiting if n != number]
-        self._running = [n for n in self._running if n != number]
+        self._cache.release(number)
+        sequence = self._sequences.pop(number)
+        self._queue.end(number, sequence.generated)
+        if number in self._running:
+            self._running.remove(number)
+        self.recorder.record("end", request=number, tokens=len(sequence.tokens))
+        siblings = self._requests[sequence.request_number]
+        siblings.discard(number)
+        if not siblings:
+            del self._requests[sequence.request_number]
 
+    def _held(self, logits: int) -> Holdings:
+        use = self.backend.memory()
+        swapped = self._cache.swapped_bytes
+        return Holdings(use.weights, use.mapped, use.arena, logits, use.kv_cache, swapped)
 
-def kv_layout(spec: ModelSpec, config: EngineConfig, chosen: Policy) -> KVLayout:
-    """The KV cache of a model under a configuration: one pool per group of layers with the same window.
-
-    A windowed group needs room for the window and one step's tokens of each running request, whatever the
-    length of their contexts.
-    """
-    block = config.block_size
-    tokens = config.kv_tokens or min(
-        spec.context_length * config.max_sequences, max(spec.context_length, 65536)
-    )
-    full = KVGroupLayout(None, (), -(-tokens // block))
-    groups = []
-    for group in spec.kv_groups:
-        shapes = tuple((i, spec.layers[i].kv_heads, spec.layers[i].head_size) for i in group.layers)
-        blocks = full.num_blocks
-        if group.window is not None:
-            per_request = -(-(group.window + config.token_budget) // block) + 1
-            blocks = min(blocks, per_request * config.max_sequences)
-        groups.append(replace(full, window=group.window, layers=shapes, num_blocks=blocks))
-    return KVLayout(block, chosen.kv, tuple(groups))
+    def _observe(self, logits: int) -> None:
+        """Remember the moment at which most was held."""
+        now = self._held(logits)
+        if now.total > self._peak.total:
+            self._peak, self._peak_step = now, self.recorder.step
 
 
 def _int32(values: abc.Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refengine import backend as backends
 from refengine import loader
-from refengine.engine import Engine, EngineConfig
-from refengine.errors import ContextLengthError, RequestError
+from refengine.config import EngineConfig
+from refengine.engine import Engine
+from refengine.errors import ContextLengthError, RefengineError, RequestError
+from refengine.memory import FlightRecorder
+from refengine.memory.heap import trim_heap
 from refengine.models import Model, build
 from refengine.ops import FloatArray
 from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, SamplingParams
-from refengine.tokenizer import ChatTemplate, Tokenizer, build_tokenizer
+from refengine.tokenizer import ChatTemplate, Tokenizer, build_tokenizer, chat_prompts
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -47,6 +50,7 @@ def load(
     backend: str = "auto",
     config: EngineConfig | None = None,
     progress: loader.Progress | None = None,
+    on_limit: Callable[[FlightRecorder, str], None] | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -56,9 +60,10 @@ def load(
         backend: a backend's name, or ``auto`` for the fastest that can run here.
         config: limits of the engine.
         progress: told of a download's progress.
+        on_limit: called with the engine's flight recorder and the reason when a limit of memory is hit.
 
     Raises:
-        ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError: see
+        ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError, MemoryLimitError: see
             ``refengine.errors``.
     """
     checkpoint = loader.open(name, progress=progress)
@@ -69,7 +74,9 @@ def load(
         raise checkpoint.metadata.error(
             "tokenizer.ggml.tokens", f"has {tokens} entries, but the embedding has {rows} rows"
         )
-    return LLM(model, tokenizer, Engine(model, backends.load(backend), config, tokenizer))
+    trim_heap()
+    engine = Engine(model, backends.load(backend), config, tokenizer, on_limit=on_limit)
+    return LLM(model, tokenizer, engine)
 
 
 class LLM:
@@ -102,32 +109,60 @@ class LLM:
         numbers: list[int] = []
         try:
             numbers += map(self._submit, requests)
-            return [self._complete(n, request) for n, request in zip(numbers, requests, strict=True)]
+            pairs = zip(numbers, requests, strict=True)
+            return [each for number, request in pairs for each in self._complete(number, request)]
         finally:
             for number in numbers:
                 self._forget(number)
 
+    def sample_many(self, prompt: Prompt, samples: int, *, max_tokens: int | None = None,
+                    stop: Sequence[str] = (), **sampling: Any) -> list[Completion]:  # fmt: skip
+        """Continue a prompt several times; sample ``i`` is drawn with the seed plus ``i``.
+
+        The prompt is computed once, and its part of the KV cache held once.
+
+        Raises:
+            ContextLengthError: prompt and output do not fit the context.
+            RequestError: a parameter out of range, or more samples than ``max_sequences`` of the engine.
+        """
+        request = self._request(self._ids(prompt), max_tokens, stop, sampling, samples)
+        return self._complete(self._submit(request), request)
+
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
-               **sampling: Any) -> Generator[Output]:  # fmt: skip
+               samples: int = 1, **sampling: Any) -> Generator[Output]:  # fmt: skip
         """Continue a prompt, token by token.
 
-        The request begins with the first token asked for; closing the iterator aborts it.
+        The request begins with the first token asked for; closing the iterator aborts it. Of several samples
+        the tokens come in turn, and each output tells its ``sample``.
         """
-        request = self._request(self._ids(prompt), max_tokens, stop, sampling)
+        request = self._request(self._ids(prompt), max_tokens, stop, sampling, samples)
         return self._run(request)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation under the model's chat template, ready for the answer.
 
+        Names of control tokens in the messages are text: only the template can write such tokens.
+
         Raises:
             RequestError: the model has no chat template, or the messages are malformed.
             TemplateError: the template failed.
+        """
+        (ids,) = self.chat_prompts([messages])
+        if isinstance(ids, RefengineError):
+            raise ids
+        return ids
+
+    def chat_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | RefengineError]:
+        """The same for several, in about the time of one; an error stands in its conversation's place.
+
+        Raises:
+            RequestError: the model has no chat template, or messages are malformed.
         """
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: give it text to continue instead")
         template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-        return tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
+        return chat_prompts(tokenizer, template, conversations)
 
     def logits(self, prompt: Prompt, *, first: int = 0) -> FloatArray:
         """Logits ``[tokens - first, vocabulary]`` after each token of a prompt from ``first`` on."""
@@ -137,7 +172,12 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _request(
-        self, ids: Sequence[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+        self,
+        ids: Sequence[int],
+        max_tokens: int | None,
+        stop: Sequence[str],
+        sampling: Mapping[str, Any],
+        samples: int = 1,
     ) -> Request:
         if isinstance(stop, str):
             stop = (stop,)
@@ -154,40 +194,48 @@ class LLM:
                 f"unknown sampling parameter {', '.join(sorted(unknown))}; "
                 f"there are {', '.join(SamplingParams.__dataclass_fields__)}"
             )
+        end_ids = frozenset(self.tokenizer.end_ids)
         return Request(
-            tuple(ids), max_tokens, SamplingParams(**sampling), frozenset(self.tokenizer.end_ids), tuple(stop)
+            tuple(ids), max_tokens, SamplingParams(**sampling), end_ids, tuple(stop), samples=samples
         )
 
     def _run(self, request: Request) -> Generator[Output]:
-        yield from self._follow(self._submit(request))
+        yield from self._follow(self._submit(request), request.samples)
 
     def _submit(self, request: Request) -> int:
         number = self.engine.submit(request)
         self._outputs[number] = deque()
         return number
 
-    def _complete(self, number: int, request: Request) -> Completion:
-        outputs = list(self._follow(number))
-        return Completion(
-            "".join(output.text for output in outputs),
-            tuple(output.sampled for output in outputs if output.sampled),
-            outputs[-1].finish_reason or "abort",
-            request.prompt,
-        )
+    def _complete(self, number: int, request: Request) -> list[Completion]:
+        """The samples of a request, in order."""
+        samples: list[list[Output]] = [[] for _ in range(request.samples)]
+        for output in self._follow(number, request.samples):
+            samples[output.sample].append(output)
+        return [
+            Completion(
+                "".join(output.text for output in outputs),
+                tuple(output.sampled for output in outputs if output.sampled),
+                outputs[-1].finish_reason or "abort",
+                request.prompt,
+            )
+            for outputs in samples
+        ]
 
-    def _follow(self, number: int) -> Generator[Output]:
-        """The outputs of one request, stepping the engine for all of them."""
+    def _follow(self, number: int, samples: int) -> Generator[Output]:
+        """The outputs of a request until all its samples have ended; the engine steps for all requests."""
         mine = self._outputs[number]
         try:
-            while True:
+            while samples:
                 while not mine:
                     for output in self.engine.step():
                         if output.request in self._outputs:
                             self._outputs[output.request].append(output)
                 output = mine.popleft()
+                if output.error is not None:
+                    raise output.error
+                samples -= output.finish_reason is not None
                 yield output
-                if output.finish_reason:
-                    return
         finally:
             self._forget(number)
 

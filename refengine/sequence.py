@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from refengine.ops import FloatArray
 from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled
@@ -10,25 +12,37 @@ from refengine.tokenizer import StreamDecoder
 
 
 class Sequence:
-    """One request and what has become of it.
+    """One sample of a request and what has become of it.
 
     Args:
-        number: the request's number.
+        number: the sequence's number: its request's, plus ``sample``.
         request: what was asked.
         decoder: turns its tokens into text; ``None`` where nobody wants text.
+        sample: which of the request's samples it is.
 
     Attributes:
         tokens: ids of prompt and output.
         computed: how many of these are in the KV cache.
+        places: sequences that it stands for: all samples of a request until its prompt is computed.
+        looked_up: whether the prefix cache was asked for it.
+        sampling: the request's, with a seed of this sample's own.
         prompt_logits: the logits kept so far, in order of position.
     """
 
-    def __init__(self, number: int, request: Request, decoder: StreamDecoder | None) -> None:
-        self.number, self.request = number, request
+    def __init__(self, number: int, request: Request, decoder: StreamDecoder | None, sample: int = 0) -> None:
+        self.number, self.request, self.sample = number, request, sample
         self.tokens = list(request.prompt)
         self.computed = 0
+        self.places = 1 if sample else request.samples
+        self.looked_up = False
+        self.sampling = replace(request.sampling, seed=request.sampling.seed + sample)
         self.prompt_logits: list[FloatArray] = []
         self._decoder, self._scanner = decoder, StopScanner(request.stop)
+
+    @property
+    def request_number(self) -> int:
+        """The request's number."""
+        return self.number - self.sample
 
     @property
     def generated(self) -> int:
@@ -40,6 +54,12 @@ class Sequence:
         """The first token after which logits are wanted: the last known one, or where the request says."""
         wanted = self.request.logits_from
         return len(self.tokens) - 1 if wanted is None else wanted
+
+    def fork(self, number: int, decoder: StreamDecoder | None) -> Sequence:
+        """Another sample of the request, as far as this one."""
+        child = Sequence(number, self.request, decoder, number - self.request_number)
+        child.tokens, child.computed = list(self.tokens), self.computed
+        return child
 
     def restart(self) -> None:
         """Forget what was computed, not what was generated."""
@@ -60,10 +80,10 @@ class Sequence:
             self._scanner.push(self._decoder.push(sampled.token)) if self._decoder else ("", False)
         )
         if stopped:
-            return Output(self.number, sampled, text, "stop")
+            return Output(self.request_number, sampled, text, "stop", self.sample)
         if self.generated == self.request.max_tokens:
             return self._end(sampled, text, "length")
-        return Output(self.number, sampled, text)
+        return Output(self.request_number, sampled, text, sample=self.sample)
 
     def _end(self, sampled: Sampled | None, text: str, reason: FinishReason) -> Output:
         """The last output: with the text that was held back, unless a stop string ends that."""
@@ -71,4 +91,4 @@ class Sequence:
             rest, stopped = self._scanner.push(self._decoder.finish())
             text += rest if stopped else rest + self._scanner.finish()
             reason = "stop" if stopped else reason
-        return Output(self.number, sampled, text, reason)
+        return Output(self.request_number, sampled, text, reason, self.sample)

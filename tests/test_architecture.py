@@ -16,7 +16,7 @@ ROOT = Path(refengine.__file__).parent
 FLOORS = [
     {"errors"},
     {"quantizer", "ops", "memory", "scheduler", "specification"},
-    {"program"},
+    {"program", "simulation"},
     {"loader", "tokenizer"},
     {"models"},
     {"backend", "synth"},
@@ -28,6 +28,7 @@ FLOORS = [
     {"engine", "forecast"},
     {"service"},
     {"llm"},
+    {"batch"},
     {"cli"},
     {"__main__"},
 ]

@@ -79,7 +79,7 @@ def test_tokens_and_logprobs_do_not_depend_on_the_schedule(model: Model, seed: i
         together.setdefault(number, []).extend(outputs)
     for number, which in numbers.items():
         assert [output.sampled for output in together[number]] == alone[which]
-    assert made._memory.free_blocks == made.layout.num_blocks
+    assert made._memory.free_blocks == made.plan.layout.num_blocks
 
 
 def test_memory_pressure_pre_empts_and_the_result_is_the_same(
@@ -90,7 +90,9 @@ def test_memory_pressure_pre_empts_and_the_result_is_the_same(
     roomy, tight = engine(model), engine(model, block_size=4, kv_tokens=64, token_budget=8)
     preempted = []
     original = tight._preempt
-    monkeypatch.setattr(tight, "_preempt", lambda number: (preempted.append(number), original(number)))
+    monkeypatch.setattr(
+        tight, "_preempt", lambda number, *, swap: (preempted.append(number), original(number, swap=swap))
+    )
     for request in wanted:
         roomy.submit(request)
         tight.submit(request)
@@ -98,7 +100,7 @@ def test_memory_pressure_pre_empts_and_the_result_is_the_same(
     assert preempted
     for number in range(3):
         assert [o.sampled for o in result[number]] == [o.sampled for o in expected[number]]
-    assert tight._memory.free_blocks == tight.layout.num_blocks
+    assert tight._memory.free_blocks == tight.plan.layout.num_blocks
 
 
 def test_every_request_ends_once(model: Model) -> None:
@@ -133,7 +135,7 @@ def test_aborting_gives_back_everything(model: Model) -> None:
     assert ended.finish_reason == "abort"
     assert made.abort(number) is None
     assert not made.has_work
-    assert made._memory.free_blocks == made.layout.num_blocks
+    assert made._memory.free_blocks == made.plan.layout.num_blocks
 
 
 def test_prompt_logits_are_those_that_sampling_sees(model: Model) -> None:
@@ -194,7 +196,9 @@ def test_nan_in_weights_is_an_error_and_not_a_token(role: str) -> None:
     broken = LazyTensor(tensor.name, tensor.shape, "f32", values.view(np.uint8))
     made = engine(Model(model.spec, {**model.weights, role: broken}))
     made.submit(Request((1, 2), max_tokens=2))
+    (ended,) = run(made)[0]
+    assert ended.finish_reason == "error"
     with pytest.raises(NumericalError, match=r"finite|NaN"):
-        run(made)
+        raise ended.error or AssertionError
     assert not made.has_work
-    assert made._memory.free_blocks == made.layout.num_blocks
+    assert made._memory.free_blocks == made.plan.layout.num_blocks

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,8 @@ from refengine.memory import KVGroupLayout, KVLayout
 from refengine.models import Model
 from refengine.ops import FloatArray
 from refengine.program import Policy, StepBatch
-from refengine_conformance.subject import Subject
+from refengine_conformance.naive_model import Sealing
+from refengine_conformance.subject import KVFormats, Subject, golden_kv_format, sealed_formats
 
 Ints = NDArray[np.int64]
 
@@ -37,18 +38,25 @@ class Prompts:
         model: what they are for.
         token_ids: of each.
         block_size: positions per block.
+        sealed: names of the formats of keys and of values, where the KV cache is sealed.
         order: seed of the order in which the prompts take the blocks of a pool.
     """
 
     model: Model
     token_ids: tuple[tuple[int, ...], ...]
     block_size: int = 4
+    sealed: tuple[str, str] | None = None
     order: int = 0
 
     @property
     def num_blocks(self) -> int:
         """Blocks of every pool."""
         return sum(self._blocks) + SPARE_BLOCKS
+
+    @property
+    def sealing(self) -> Sealing | None:
+        """How the cache is sealed, for the naive model."""
+        return None if self.sealed is None else Sealing(self.sealed, self.block_size)
 
     @property
     def tokens(self) -> int:
@@ -60,20 +68,26 @@ class Prompts:
         """Every prompt in one piece."""
         return [Chunk(p, 0, len(ids)) for p, ids in enumerate(self.token_ids)]
 
-    def layout(self, policy: Policy) -> KVLayout:
-        """A pool for each of the model's KV groups."""
-        spec = self.model.spec
+    def layout(self, policy: Policy, kv_format: KVFormats = golden_kv_format) -> KVLayout:
+        """A pool for each of the model's KV groups; and one of exact copies, where they are sealed."""
+        spec, formats = self.model.spec, sealed_formats(self.sealed, kv_format)
         groups = []
         for group in spec.kv_groups:
             shapes = tuple((i, spec.layers[i].kv_heads, spec.layers[i].head_size) for i in group.layers)
-            groups.append(KVGroupLayout(group.window, shapes, self.num_blocks))
+            groups.append(KVGroupLayout(group.window, shapes, self.num_blocks, formats))
+        if formats is not None:
+            groups += [replace(group, sealed=None, recent=True) for group in groups]
         return KVLayout(self.block_size, policy.kv, tuple(groups))
 
     def batch(self, chunks: Sequence[Chunk]) -> StepBatch:
         """The step that computes these chunks, with the logits of every token."""
-        starts = np.cumsum([0, *(c.stop - c.start for c in chunks)])
-        tables = [self._tables(group) for group in range(len(self.model.spec.kv_groups))]
         columns = max(self._blocks)
+        starts = np.cumsum([0, *(c.stop - c.start for c in chunks)])
+        groups = self.model.spec.kv_groups
+        tables = [self._tables(pool) for pool in range(len(groups) * (1 if self.sealed is None else 2))]
+        padded = [[[*t[c.prompt], *[-1] * (columns - len(t[c.prompt]))] for c in chunks] for t in tables]
+        for group, copies in zip(groups, padded[len(groups) :], strict=False):
+            self._release(group.window, chunks, copies)
         positions = [np.arange(c.start, c.stop, dtype=np.int64) for c in chunks]
         return StepBatch(
             token_ids=_int32([t for c in chunks for t in self.token_ids[c.prompt][c.start : c.stop]]),
@@ -89,10 +103,18 @@ class Prompts:
                 )
                 for t in tables
             ),
-            block_tables=tuple(
-                _int32([[*t[c.prompt], *[-1] * (columns - len(t[c.prompt]))] for c in chunks]) for t in tables
-            ),
+            block_tables=tuple(map(_int32, padded)),
         )
+
+    def _release(
+        self, window: int | None, chunks: Sequence[Chunk], copies: Sequence[MutableSequence[int]]
+    ) -> None:
+        """Strike out the exact copies that no query needs."""
+        for chunk, table in zip(chunks, copies, strict=True):
+            seen = 0 if window is None else max(0, chunk.start - window + 1) // self.block_size
+            for index in range(chunk.start // self.block_size):
+                if index > 0 or seen > 0:
+                    table[index] = -1
 
     @property
     def _blocks(self) -> list[int]:
@@ -114,10 +136,10 @@ class Prompting:
     def __init__(self, subject: Subject, prompts: Prompts, tokens: int | None = None) -> None:
         self.prompts = prompts
         self.executable = subject.compile(
-            subject.trace(prompts.model),
+            (subject.trace if prompts.sealed is None else subject.trace_sealed)(prompts.model),
             prompts.model.weights,
             tokens or prompts.tokens,
-            prompts.layout(subject.policy),
+            prompts.layout(subject.policy, subject.kv_format),
         )
 
     def step(self, chunks: Sequence[Chunk]) -> list[FloatArray]:

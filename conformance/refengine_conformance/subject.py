@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.backend import Backend, Executable, load
+from refengine.backend import Backend, Executable, KVStorage, load
 from refengine.loader.checkpoint import Checkpoint
 from refengine.loader.gguf import parse_gguf
-from refengine.memory import BlockAllocator, KVCacheManager, KVGroupLayout, KVLayout
+from refengine.memory import (
+    BlockAllocator,
+    KVCacheManager,
+    KVGroupLayout,
+    KVLayout,
+    PrefixCache,
+    SealedFormat,
+)
 from refengine.models import Model
 from refengine.ops import FloatArray, Shape
 from refengine.program import (
@@ -28,9 +35,10 @@ from refengine.program import (
     plan_memory,
     symbolic_inputs,
 )
-from refengine.quantizer import LazyTensor, decode
+from refengine.quantizer import SEALED_KEYS, SEALED_VALUES, LazyTensor, decode
 from refengine.sampling import sample
-from refengine.scheduler import schedule
+from refengine.scheduler import Queue, SchedulingPolicy, schedule, scheduling_policy
+from refengine.simulation import Journal, Simulator
 
 NO_CACHE = KVLayout(1, np.dtype(np.float32), (KVGroupLayout(None, (), 1),))
 """The layout of a program without attention."""
@@ -69,6 +77,25 @@ Operand = NDArray[Any] | Weight | Input | None
 """An array is an activation: float ``[T, N]`` or ``[T, H, D]``, exact in float32."""
 
 
+KVPart = Literal["keys", "values"]
+
+
+def golden_kv_format(part: KVPart, name: str) -> SealedFormat:
+    """The format of this name."""
+    return (SEALED_KEYS if part == "keys" else SEALED_VALUES)[name]
+
+
+KVFormats = Callable[[KVPart, str], SealedFormat]
+"""Gives the format of sealed keys, or values, that has a name."""
+
+
+def sealed_formats(
+    names: tuple[str, str] | None, kv_format: KVFormats = golden_kv_format
+) -> tuple[SealedFormat, SealedFormat] | None:
+    """The formats of keys and of values, where these are sealed."""
+    return None if names is None else (kv_format("keys", names[0]), kv_format("values", names[1]))
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is being tested.
@@ -77,23 +104,30 @@ class Subject:
         start: starts the backend; a property may start it more than once.
         policy: the precision policy.
         fallback: whether golden ops may stand in for what the backend lacks.
-        allocator, kv_cache, schedule, sample, decode, parse, tracer, trace, plan, load: the engine's other
-            parts.
+        allocator, kv_cache, prefix_cache, kv_format, schedule, sample, decode, parse, tracer, trace,
+            trace_sealed, plan, load: the engine's other parts.
     """
 
     start: Callable[[], Backend]
     policy: Policy = POLICIES["float32"]
     fallback: bool = False
     allocator: Callable[[int], BlockAllocator] = BlockAllocator
-    kv_cache: Callable[[KVLayout], KVCacheManager] = KVCacheManager
+    kv_cache: Callable[..., KVCacheManager] = KVCacheManager
+    prefix_cache: Callable[..., PrefixCache] = PrefixCache
+    kv_format: KVFormats = golden_kv_format
     schedule: Callable[..., Any] = schedule
+    scheduling: Callable[..., SchedulingPolicy] = scheduling_policy
+    queue: Callable[[SchedulingPolicy], Queue] = Queue
+    journal: Callable[..., Journal] = Journal
+    simulator: Callable[..., Simulator] = Simulator
     sample: Callable[..., Any] = sample
     decode: Callable[..., Any] = decode
     parse: Callable[..., Checkpoint] = parse_gguf
     tracer: Callable[[], Tracer] = Tracer
     trace: Callable[[Model], Program] = attrgetter("program")
+    trace_sealed: Callable[[Model], Program] = attrgetter("sealed_program")
     load: Callable[[str], Backend] = load
-    plan: Callable[[Program, Policy, Mapping[str, int]], MemoryPlan] = plan_memory
+    plan: Callable[..., MemoryPlan] = plan_memory
 
     @property
     def unit_roundoff(self) -> float:
@@ -152,16 +186,25 @@ class Subject:
         Planned for up to ``tokens`` tokens and sequences, and as many rows of logits, or ``rows``.
         """
         backend = self.start()
-        sizes = {"T": tokens, "S": tokens, "R": tokens if rows is None else rows}
+        sizes = {"T": tokens, "S": tokens, "R": tokens if rows is None else rows, "P": layout.block_size}
+        cache = backend.create_cache(layout)
+        commit_all(cache, layout)
         return backend.compile(
             program,
             self.policy,
-            self.plan(program, self.policy, sizes),
+            self.plan(program, self.policy, sizes, lambda i, s: backend.workspace(i, s, self.policy)),
             backend.upload(weights, self.policy),
             layout,
-            backend.create_cache(layout),
+            cache,
             fallback=self.fallback,
         )
+
+
+def commit_all(cache: KVStorage, layout: KVLayout) -> None:
+    """Take the memory of every segment."""
+    for pool in range(len(layout.groups)):
+        for segment in range(layout.num_segments(pool)):
+            cache.commit(pool, segment)
 
 
 def activation(tracer: Tracer, inputs: StepInputs[Value], name: str, shape: Shape) -> Value:

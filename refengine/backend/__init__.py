@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from refengine.backend.info import BackendInfo
-from refengine.backend.protocol import Backend, Device, Executable, MemoryUse
+from refengine.backend.protocol import Backend, Device, Executable, KVStorage, MemoryUse
 from refengine.backend.registry import BackendStatus, load, registered
+from refengine.backend.weights import WeightPlan
 
 __all__ = [
     "Backend",
@@ -12,7 +13,9 @@ __all__ = [
     "BackendStatus",
     "Device",
     "Executable",
+    "KVStorage",
     "MemoryUse",
+    "WeightPlan",
     "load",
     "registered",
 ]

@@ -10,18 +10,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from refengine.backend.kv_storage import HostKVStorage
 from refengine.backend.protocol import Device, MemoryUse
-from refengine.errors import NumericalError, UnsupportedError
+from refengine.backend.weights import WeightPlan, Weights, plan_weights
+from refengine.errors import UnsupportedError
 from refengine.memory import KVLayout
-from refengine.ops import OPS, FloatArray, IndexArray, LayerCache
+from refengine.ops import OPS, FloatArray
+from refengine.ops.scratch import Scratch
 from refengine.program import (
     POLICIES,
+    Instruction,
     MemoryPlan,
     Policy,
     Program,
     StepBatch,
     check_step_batch,
     concrete,
+    golden_workspace,
     input_arrays,
 )
 from refengine.quantizer import ENCODINGS, LazyTensor
@@ -41,8 +46,9 @@ class InterpretedBackend:
     native: ClassVar[Mapping[str, OpFunction]]
 
     def __init__(self) -> None:
-        self._weights: list[DecodedWeights] = []
-        self._kv_cache_bytes = self._arena_bytes = 0
+        self._weights: list[Weights] = []
+        self._caches: list[HostKVStorage] = []
+        self._arena_bytes = 0
 
     def devices(self) -> tuple[Device, ...]:
         """The CPU."""
@@ -59,29 +65,40 @@ class InterpretedBackend:
             return f"there is no encoding {encoding!r}"
         return None if op in self.native else f"{self.name} has no {op} of its own"
 
-    def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> DecodedWeights:
-        """Take the weights; each is decoded when a step first needs it."""
-        self._weights.append(DecodedWeights(weights, policy))
+    def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
+        """What the golden function takes, where it runs; another function's memory is its own affair."""
+        name, golden = instruction.op.name, instruction.op.golden
+        return golden_workspace(instruction, sizes, policy) if self.native.get(name, golden) is golden else 0
+
+    def plan_weights(
+        self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
+    ) -> WeightPlan:
+        """Decoded where there is room, else mapped, else streamed."""
+        return plan_weights(program, weights, policy, limit)
+
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> Weights:
+        """Take the weights; what is to be decoded is decoded when a step first needs it.
+
+        So the first step reaches what is planned.
+        """
+        self._weights.append(Weights(weights, policy, plan))
         return self._weights[-1]
 
-    def create_cache(self, layout: KVLayout) -> dict[int, LayerCache]:
-        """One pair of arrays per layer. The system commits their pages when blocks are first written."""
-        caches: dict[int, LayerCache] = {}
-        for group in layout.groups:
-            for layer, heads, size in group.layers:
-                shape = (group.num_blocks, layout.block_size, heads, size)
-                caches[layer] = LayerCache(np.empty(shape, layout.dtype), np.empty(shape, layout.dtype))
-        self._kv_cache_bytes += layout.nbytes
-        return caches
+    def create_cache(self, layout: KVLayout) -> HostKVStorage:
+        """Address space for all pools, and memory for none of their blocks."""
+        self._caches.append(HostKVStorage(layout))
+        return self._caches[-1]
 
     def compile(
         self,
         program: Program,
         policy: Policy,
         plan: MemoryPlan,
-        weights: DecodedWeights,
+        weights: Weights,
         layout: KVLayout,
-        cache: dict[int, LayerCache],
+        cache: HostKVStorage,
         *,
         fallback: bool = False,
     ) -> InterpretedProgram:
@@ -94,59 +111,18 @@ class InterpretedBackend:
                 "Allow golden ops in their place with --fallback, or choose another backend"
             )
         functions = {op: OPS[op].golden for op in missing} | dict(self.native)
+        weights.settle(program)
         self._arena_bytes += plan.arena_bytes
         return InterpretedProgram(program, functions, policy, plan, weights, layout, cache)
 
     def memory(self) -> MemoryUse:
-        """Bytes of decoded weights, of the KV cache's pools and of the arenas."""
-        return MemoryUse(sum(w.nbytes for w in self._weights), self._kv_cache_bytes, self._arena_bytes)
-
-
-class DecodedWeights:
-    """Weights, decoded to the policy's dtype at first use and kept."""
-
-    def __init__(self, stored: Mapping[str, LazyTensor], policy: Policy) -> None:
-        self._stored, self._dtype = stored, policy.activations
-        self._decoded: dict[str, FloatArray] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is decoded now."""
-        return sum(array.nbytes for array in self._decoded.values())
-
-    def table(self, role: str) -> DecodedRows:
-        """A weight whose rows are decoded as they are named."""
-        return DecodedRows(self._stored[role])
-
-    def decoded(self, role: str) -> FloatArray:
-        """A weight as numbers.
-
-        Raises:
-            NumericalError: it holds NaN or infinity.
-        """
-        if role not in self._decoded:
-            array = _finite(self._stored[role].decode(), self._stored[role].name)
-            self._decoded[role] = array.astype(self._dtype, copy=False)
-        return self._decoded[role]
-
-
-class DecodedRows:
-    """A table still as stored, whose rows are decoded as they are named."""
-
-    def __init__(self, stored: LazyTensor) -> None:
-        self._stored = stored
-
-    def __getitem__(self, rows: IndexArray) -> FloatArray:
-        return _finite(self._stored[rows], self._stored.name)
-
-
-def _finite(array: FloatArray, name: str) -> FloatArray:
-    if not np.isfinite(array).all():
-        raise NumericalError(
-            f"tensor {name} holds NaN or infinity: the file is damaged, "
-            "or was quantized from damaged weights; get it again or use another one"
+        """Bytes of decoded weights, of the KV cache's committed segments and of the arenas."""
+        return MemoryUse(
+            weights=sum(w.held for w in self._weights),
+            mapped=sum(w.mapped for w in self._weights),
+            kv_cache=sum(cache.nbytes for cache in self._caches),
+            arena=self._arena_bytes,
         )
-    return array
 
 
 class InterpretedProgram:
@@ -158,9 +134,9 @@ class InterpretedProgram:
         functions: Mapping[str, OpFunction],
         policy: Policy,
         plan: MemoryPlan,
-        weights: DecodedWeights,
+        weights: Weights,
         layout: KVLayout,
-        cache: dict[int, LayerCache],
+        cache: HostKVStorage,
     ) -> None:
         self._program, self._functions, self._plan, self._layout = program, functions, plan, layout
         self._weights, self._cache = weights, cache
@@ -174,10 +150,8 @@ class InterpretedProgram:
         """One step; see the protocol."""
         check_step_batch(
             batch,
+            self._layout,
             vocabulary_size=self._program.vocabulary_size,
-            num_blocks=self._layout.num_blocks,
-            windows=self._layout.windows,
-            block_size=self._layout.block_size,
             sizes=self._plan.sizes,
         )
         if not self._constants:
@@ -197,36 +171,32 @@ class InterpretedProgram:
 
     def _interpret(self, values: dict[int, Any], logits: FloatArray) -> None:
         """Run all instructions; the output lands in ``logits``."""
-        for instruction in self._program:
+        for at, instruction in enumerate(self._program):
             op, result = instruction.op, instruction.result.index
             operands = [None if v is None else values[v.index] for v in instruction.operands]
-            function = self._functions[op.name]
+            function, options = self._functions[op.name], dict(instruction.attributes)
+            if function is op.golden and (working := self._plan.workspaces.get(at)):
+                buffer = self._arena[working.offset : working.offset + working.nbytes]
+                options["scratch"] = Scratch(buffer)
             if op.sharing in ("view", "state"):
-                values[result] = function(*operands, **instruction.attributes)
+                values[result] = function(*operands, **options)
                 if instruction.result is self._program.output:  # it must not stay in the arena
                     logits[...] = values[result]
             else:
                 out = self._places.get(result, logits)
-                value = function(*operands, **instruction.attributes, out=out)
+                value = function(*operands, **options, out=out)
                 if value is not out:  # a function may ignore the place it is offered; its result lands there
                     out[...] = value
                 values[result] = out
 
     def _bind(self) -> dict[int, Any]:
-        """Weights and caches by the index of their values.
-
-        A table that is only ever looked up stays as stored: its rows are decoded as tokens name them.
-        """
-        looked_up = {i.operands[1] for i in self._program if i.op.name == "embedding"}
-        computed = {v for i in self._program if i.op.name != "embedding" for v in i.operands}
+        """Weights and caches by the index of their values."""
         constants: dict[int, Any] = {}
         for leaf in self._program.leaves:
             if leaf.kind == "state":
-                constants[leaf.index] = self._cache[int(leaf.name.split(".")[1])]
-            elif leaf.kind == "weight" and leaf in looked_up - computed:
-                constants[leaf.index] = self._weights.table(leaf.name)
+                constants[leaf.index] = self._cache.states[leaf.name]
             elif leaf.kind == "weight":
-                constants[leaf.index] = self._weights.decoded(leaf.name)
+                constants[leaf.index] = self._weights.operand(leaf.name)
         return constants
 
     def _place(self, sizes: Mapping[str, int]) -> dict[int, FloatArray]:

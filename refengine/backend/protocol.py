@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from refengine.backend.weights import WeightPlan
 from refengine.memory import KVLayout
 from refengine.ops import FloatArray
-from refengine.program import MemoryPlan, Policy, Program, StepBatch
+from refengine.program import Instruction, MemoryPlan, Policy, Program, StepBatch
 from refengine.quantizer import LazyTensor
 
 
@@ -27,16 +31,66 @@ class Device:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes a backend holds now, by purpose."""
+    """Bytes a backend holds now, by purpose.
+
+    Attributes:
+        weights: in memory of its own: decoded, repacked or copied.
+        mapped: of the model's file, read in place.
+        kv_cache: committed segments.
+        arena: intermediate values and working memory.
+    """
 
     weights: int = 0
+    mapped: int = 0
     kv_cache: int = 0
     arena: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.kv_cache + self.arena
+        return self.weights + self.mapped + self.kv_cache + self.arena
+
+
+class KVStorage(Protocol):
+    """The memory of a KV cache, taken and given back by segments (see ``KVLayout``).
+
+    A step reads and writes blocks of committed segments only. What a segment holds after ``commit``, and what
+    it held before ``release``, is nobody's business.
+
+    Clauses: KVC-14, BCK-17.
+    """
+
+    def commit(self, pool: int, segment: int) -> None:
+        """Take the memory of a segment.
+
+        Raises:
+            MemoryManagerError: there is none left, or the segment is committed already.
+        """
+        ...
+
+    def release(self, pool: int, segment: int) -> None:
+        """Give the memory of a segment back.
+
+        Raises:
+            MemoryManagerError: the segment is not committed.
+        """
+        ...
+
+    def copy(self, pool: int, source: int, destination: int) -> None:
+        """Copy a block onto another of the same pool."""
+        ...
+
+    def poison(self, pool: int, block: int) -> None:
+        """Fill a block with NaN, so that a read of it shows."""
+        ...
+
+    def read(self, pool: int, block: int) -> NDArray[np.uint8]:
+        """What a block holds, in memory of the host: uint8 ``[layout.block_bytes(pool)]``, a copy."""
+        ...
+
+    def write(self, pool: int, block: int, content: NDArray[np.uint8]) -> None:
+        """Let a block hold what ``read`` gave, of this or another block of the pool."""
+        ...
 
 
 class Executable(Protocol):
@@ -77,8 +131,34 @@ class Backend(Protocol):
         """
         ...
 
-    def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> Any:
+    def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
+        """Bytes of working memory that an instruction needs, which the plan then places in the arena.
+
+        Args:
+            instruction: of the Program that will be compiled.
+            sizes: the most there may be of T, S and R.
+        """
+        ...
+
+    def plan_weights(
+        self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
+    ) -> WeightPlan:
+        """How each weight will be held, before any is.
+
+        Args:
+            program: what will be computed with them.
+            limit: bytes that they may take in all; ``None`` for as many as make it fastest. Where the limit
+                is too small, the smallest plan there is.
+        """
+        ...
+
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> Any:
         """Take the weights, by role; what it returns is opaque and goes to ``compile``.
+
+        Args:
+            plan: how to hold them, from ``plan_weights``; ``None`` for whatever is fastest.
 
         Raises:
             NumericalError: at once, or in the first step that uses it: a weight is not finite.
@@ -87,8 +167,8 @@ class Backend(Protocol):
         """
         ...
 
-    def create_cache(self, layout: KVLayout) -> Any:
-        """Make the KV cache's pools; what it returns is opaque and goes to ``compile``."""
+    def create_cache(self, layout: KVLayout) -> KVStorage:
+        """Prepare the KV cache's pools, no segment committed; what it returns also goes to ``compile``."""
         ...
 
     def compile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -39,31 +39,20 @@ class Answer:
         """All text so far."""
         return "".join(self._texts)
 
-    def show(self, stream: Callable[[], Generator[Output]]) -> None:
+    def show(self, stream: Callable[[], Generator[Output]], *watch: Callable[[Output], None]) -> None:
         """Follow a stream and write its text to stdout as it comes, with an end of line after it.
 
         After an interrupt, the line is left as it is: the terminal has put ``^C`` there.
         """
         try:
-            self.follow(stream, write_answer)
+            follow(stream, [self], lambda output: write_answer(output.text), *watch)
         except RefengineError:
             self._end_line()
             raise
         self._end_line()
 
-    def follow(self, stream: Callable[[], Generator[Output]], write: Callable[[str], None]) -> None:
-        """Start a stream and pass its text on as it comes; whatever ends this early aborts the request."""
-        started = perf_counter()
-        with closing(stream()) as outputs:
-            for output in outputs:
-                self._take(output, perf_counter() - started)
-                write(output.text)
-
-    def _end_line(self) -> None:
-        if self.text and not self.text.endswith("\n"):
-            write_answer("\n")
-
-    def _take(self, output: Output, elapsed_s: float) -> None:
+    def take(self, output: Output, elapsed_s: float) -> None:
+        """Note an output that came so many seconds after the request."""
         if output.sampled is not None:
             if not self.sampled:
                 self.first_token_s = elapsed_s
@@ -71,3 +60,24 @@ class Answer:
         self.decode_s = elapsed_s - self.first_token_s
         self.finish_reason = output.finish_reason or "abort"
         self._texts.append(output.text)
+
+    def _end_line(self) -> None:
+        if self.text and not self.text.endswith("\n"):
+            write_answer("\n")
+
+
+def follow(
+    stream: Callable[[], Generator[Output]],
+    answers: Sequence[Answer],
+    *watch: Callable[[Output], None],
+) -> None:
+    """Start a stream and pass its outputs on as they come, each to its sample's answer and all who watch.
+
+    Whatever ends this early aborts the request.
+    """
+    started = perf_counter()
+    with closing(stream()) as outputs:
+        for output in outputs:
+            answers[output.sample].take(output, perf_counter() - started)
+            for see in watch:
+                see(output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from refengine.cli.answer import Answer
@@ -14,13 +16,18 @@ from refengine.cli.loading import EngineOptions
 from refengine.cli.options import (
     engine_options,
     generation_options,
+    memory_option,
     model_argument,
     system_option,
     verbose_option,
 )
+from refengine.cli.sections import SectionedCommand
 from refengine.cli.statistics import print_statistics, statistics_of
 from refengine.cli.terminal import aside, say
 from refengine.errors import ContextLengthError, RefengineError, RequestError
+
+if TYPE_CHECKING:
+    from refengine.llm import LLM
 
 HELP = '''\
   /system TEXT   set the system message; without TEXT, show it
@@ -33,14 +40,27 @@ HELP = '''\
 NO_ROOM = "/clear begins a new conversation."
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @model_argument
 @system_option
 @generation_options
 @engine_options
+@memory_option(
+    "--no-prefix-cache",
+    "prefix_cache",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Compute the conversation so far anew at every turn, instead of keeping its blocks.",
+)
 @verbose_option
 def chat(
-    model: str, system: str | None, generation: Generation, engine: EngineOptions, verbose: bool
+    model: str,
+    system: str | None,
+    generation: Generation,
+    engine: EngineOptions,
+    prefix_cache: bool,
+    verbose: bool,
 ) -> None:
     '''Converse with a model.
 
@@ -52,14 +72,23 @@ def chat(
       refengine chat smollm2
       refengine chat smollm2 --system "Answer in rhymes." --temp 0.8
     '''
-    converse(model, system, generation, engine, verbose)
+    converse(model, system, generation, engine, verbose, prefix_cache=prefix_cache)
 
 
 def converse(
-    model: str, system: str | None, generation: Generation, engine: EngineOptions, verbose: bool
+    model: str,
+    system: str | None,
+    generation: Generation,
+    engine: EngineOptions,
+    verbose: bool,
+    *,
+    prefix_cache: bool = True,
 ) -> None:
-    """Load a model and converse until the user leaves."""
-    llm, load_s = engine.load(model)
+    """Load a model and converse until the user leaves.
+
+    Every turn begins with the conversation so far: with the prefix cache, only what is new is computed.
+    """
+    llm, load_s = engine.adjusted(prefix_cache=prefix_cache).load(model)
     if llm.tokenizer.chat_template is None:
         raise RequestError(
             f"{model} has no chat template: it continues a text, but does not converse\n"
@@ -74,7 +103,14 @@ def converse(
             if not _obey(entry.text, conversation):
                 break
         elif entry.text.strip() and (answer := _ask(entry.text, conversation, lines.interactive)) and verbose:
-            print_statistics(statistics_of(answer, load_s))
+            print_statistics(statistics_of([answer], load_s, _cached_tokens(llm)))
+
+
+def _cached_tokens(llm: LLM) -> int:
+    """Tokens of the last prompt that the prefix cache had."""
+    admissions = (event.fields for event in reversed(llm.engine.recorder.events) if event.kind == "admit")
+    cached = next(admissions, {}).get("cached")
+    return cached if isinstance(cached, int) else 0
 
 
 def _ask(text: str, conversation: Conversation, interactive: bool) -> Answer | None:

@@ -20,12 +20,20 @@ class Generation:
         max_tokens: tokens at most; ``None`` for as many as the context holds.
         stop: texts that end it.
         sampling: the choice.
+        samples: how many answers.
     """
 
     max_tokens: int | None
     stop: tuple[str, ...]
     sampling: SamplingParams
+    samples: int = 1
 
     def stream(self, llm: LLM, prompt_ids: Sequence[int]) -> Generator[Output]:
-        """Submit a prompt and follow its answer."""
-        return llm.stream(prompt_ids, max_tokens=self.max_tokens, stop=self.stop, **asdict(self.sampling))
+        """Submit a prompt and follow its answers."""
+        return llm.stream(
+            prompt_ids,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            samples=self.samples,
+            **asdict(self.sampling),
+        )

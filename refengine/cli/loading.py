@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from refengine.cli.flight import FlightLog
 from refengine.cli.progress import DownloadProgress
+from refengine.config import EngineConfig
 
 if TYPE_CHECKING:
     from refengine.llm import LLM
@@ -16,31 +18,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is to be loaded and run: see ``EngineConfig``, and ``offline`` to download nothing."""
+    """How a model is to be loaded and run.
+
+    Attributes:
+        backend: its name, or ``auto``.
+        config: the engine's limits.
+        offline: download nothing.
+        flight: writes the flight recorder out when a limit is hit; ``None`` where nobody asked for that.
+    """
 
     backend: str
-    policy: str
-    kv_tokens: int | None
-    fallback: bool = False
+    config: EngineConfig
     offline: bool = False
+    flight: FlightLog | None = None
+
+    def adjusted(self, **changes: Any) -> EngineOptions:
+        """The same with other fields of the config."""
+        return replace(self, config=replace(self.config, **changes))
 
     def load(self, model: str) -> tuple[LLM, float]:
         """Load a model; also tells how many seconds that took, a download before it not counted.
 
         Raises:
-            ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError: see
-                ``refengine.load``.
+            ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError, MemoryLimitError:
+                see ``refengine.load``.
         """
-        from refengine.engine import EngineConfig
         from refengine.llm import load
-        from refengine.program import policy
 
-        policy(self.policy)  # a mistyped name is told before a download, not after
-        config = EngineConfig(policy=self.policy, kv_tokens=self.kv_tokens, fallback=self.fallback)
+        check_precision(self.config)
         path = fetch(model, offline=self.offline)
         started = perf_counter()
-        llm = load(str(path), backend=self.backend, config=config)
+        on_limit = self.flight.write if self.flight else None
+        llm = load(str(path), backend=self.backend, config=self.config, on_limit=on_limit)
         return llm, perf_counter() - started
+
+
+def check_precision(config: EngineConfig) -> None:
+    """Tell of a mistyped policy or KV dtype before a download, not after.
+
+    Raises:
+        UnsupportedError: there is none of this name.
+    """
+    from refengine.program import kv_formats, policy
+
+    kv_formats(config.kv_dtype, policy(config.policy))
 
 
 def fetch(model: str, *, offline: bool) -> Path:

@@ -12,6 +12,7 @@ import click
 from refengine.cli.loading import EngineOptions
 from refengine.cli.options import engine_options, json_option, model_argument, text_options
 from refengine.cli.pieces import parse_ids, piece, token_json
+from refengine.cli.sections import SectionedCommand
 from refengine.cli.tables import print_table
 from refengine.cli.terminal import aside, piped_text, write_json
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from refengine.ops import FloatArray
     from refengine.tokenizer import Tokenizer
 
+ROWS = 64
+"""Rows of logits computed at once: more take more memory, fewer take longer."""
 
-@click.command()
+
+@click.command(cls=SectionedCommand)
 @model_argument
 @click.argument("prompt", required=False)
 @text_options
@@ -69,7 +73,7 @@ def logits(
 
     if prompt is None and (prompt := piped_text()) is None:
         raise click.UsageError("there is no prompt: give PROMPT, or pipe it in")
-    llm, _ = engine.load(model)
+    llm, _ = engine.adjusted(logit_rows=min(ROWS, engine.config.token_budget)).load(model)
     encoded = llm.tokenizer.encode
     prompt_ids = parse_ids(prompt) if ids else encoded(prompt, add_special=bos, parse_special=special)
     shown_from = 0 if every else max(len(prompt_ids) - 1, 0)

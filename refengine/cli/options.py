@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
+from refengine.cli.flight import FlightLog
 from refengine.cli.generation import Generation
 from refengine.cli.loading import EngineOptions
+from refengine.cli.sections import section
+from refengine.cli.sizes import EXAMPLES, size
+from refengine.config import EngineConfig
 
 Command = Callable[..., None]
+
+CONFIG = (
+    "policy",
+    "kv_dtype",
+    "token_budget",
+    "kv_tokens",
+    "memory",
+    "weight_cache",
+    "reserve",
+    "check",
+    "fallback",
+)
+"""Fields of ``EngineConfig`` that are options of their names."""
+
+answer_option, memory_option = section("Answer"), section("Memory")
 
 model_argument = click.argument("model")
 
@@ -31,6 +51,10 @@ verbose_option = click.option(
     "--verbose", is_flag=True, help="Tell times, rates and memory after each answer."
 )
 
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, metavar="NAME", help="See `refengine backends`."
+)
+
 system_option = click.option("--system", metavar="TEXT", help="System message, for the chat template.")
 
 
@@ -38,7 +62,7 @@ def generation_options(command: Command) -> Command:
     """Add what makes a ``Generation``; the command gets it as ``generation``."""
 
     @_number("-n", "--max-tokens", None, "until the model stops", "Generate N tokens at most.")
-    @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable.")
+    @answer_option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable.")
     @_number(
         "--temperature", "--temp", 0.0, "0, the likeliest always", "Divide logits by X before the choice."
     )
@@ -59,29 +83,75 @@ def generation_options(command: Command) -> Command:
 
 
 def engine_options(command: Command) -> Command:
-    """Add what makes ``EngineOptions``; the command gets them as ``engine``."""
+    """Add what makes ``EngineOptions``; the command gets them as ``engine``.
 
-    @click.option(
-        "--backend", default="auto", show_default=True, metavar="NAME", help="See `refengine backends`."
-    )
+    The engine is one for a single sequence: a command that wants more changes ``engine.config``.
+    """
+
+    @backend_option
     @policy_option
-    @_number("--kv-tokens", None, "a full context", "Make room for N positions in the KV cache.")
+    @memory_options
+    @memory_option(
+        "--kv-tokens", type=int, metavar="N", help="Make room for N positions.  [default: a full context]"
+    )
+    @memory_option(
+        "--reserve", default=0, metavar="N", help="Take the memory of N positions at start, and keep it."
+    )
+    @memory_option("--check", is_flag=True, help="Verify the memory manager's books at every step; slow.")
+    @memory_option(
+        "--flight-recorder",
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        metavar="FILE",
+        help="When a limit is hit, write the last events to FILE: .json, or a timeline as .html.",
+    )
     @click.option("--fallback", is_flag=True, help="Let golden ops stand in for what the backend lacks.")
     @offline_option
     @wraps(command)
     def with_engine(
-        *args: Any,
-        backend: str,
-        policy: str,
-        kv_tokens: int | None,
-        fallback: bool,
-        offline: bool,
-        **others: Any,
+        *args: Any, backend: str, offline: bool, flight_recorder: Path | None, **others: Any
     ) -> None:
-        options = EngineOptions(backend, policy, kv_tokens, fallback=fallback, offline=offline)
-        command(*args, engine=options, **others)
+        fields = {name: others.pop(name) for name in CONFIG}
+        config = EngineConfig(max_sequences=1, **fields)
+        flight = None if flight_recorder is None else FlightLog(flight_recorder, config.memory)
+        try:
+            command(*args, engine=EngineOptions(backend, config, offline, flight), **others)
+        finally:
+            if flight is not None:
+                flight.close()
 
     return with_engine
+
+
+def memory_options(command: Command) -> Command:
+    """Add how much an engine may hold, and in which precision: fields of ``EngineConfig``."""
+    options = (
+        memory_option(
+            "--memory", type=size, metavar="SIZE", help=f"Hold no more, whatever comes: {EXAMPLES}."
+        ),
+        memory_option(
+            "--kv-dtype",
+            metavar="NAME",
+            help="Of keys and values: float32, float16, int8, int4, or int8/int4 for keys/values."
+            "  [default: the policy's]",
+        ),
+        memory_option(
+            "--weight-cache",
+            type=size,
+            metavar="SIZE",
+            help="Keep so much of the weights decoded; decode the others where they are used."
+            "  [default: all, or what --memory leaves]",
+        ),
+        memory_option(
+            "--token-budget",
+            default=EngineConfig.token_budget,
+            show_default=True,
+            metavar="N",
+            help="Compute N tokens per step at most.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def text_options(command: Command) -> Command:
@@ -102,6 +172,6 @@ def _number(*declaration: Any) -> Callable[[Command], Command]:
     """An option with a number: its names, its default, the default in words, and its help."""
     *names, default, words, text = declaration
     kind, metavar = (float, "X") if isinstance(default, float) else (int, "N")
-    return click.option(
+    return answer_option(
         *names, type=kind, default=default, metavar=metavar, help=f"{text}  [default: {words}]"
     )

@@ -32,8 +32,8 @@ def program(model: str, tokens: int | None, policy: str, offline: bool) -> None:
     """Print the operations that the model is, and their memory plan.
 
     Shapes are symbolic: T tokens, S sequences, R rows of logits. A place in the arena is an offset and a
-    length in bytes; values whose lives do not overlap share memory. The plan is for one sequence, and one row
-    of logits.
+    length in bytes; values whose lives do not overlap share memory, and so does the working memory of the
+    golden ops. The plan is for one sequence, and one row of logits. `refengine plan --html` draws it.
 
     \b
     Examples:
@@ -48,7 +48,12 @@ def program(model: str, tokens: int | None, policy: str, offline: bool) -> None:
     if tokens is None:
         click.echo(harmless(str(traced)))
     else:
-        plan = programs.plan_memory(traced, chosen, {"T": tokens, "S": 1, "R": 1})
+        plan = programs.plan_memory(
+            traced,
+            chosen,
+            {"T": tokens, "S": 1, "R": 1},
+            lambda instruction, sizes: programs.golden_workspace(instruction, sizes, chosen),
+        )
         click.echo("\n".join(_planned(traced, plan)))
         click.echo(f"\narena: {plan.arena_bytes:,} bytes ({bytes_figure(plan.arena_bytes)})")
     click.echo()
@@ -61,5 +66,8 @@ def _planned(traced: Program, plan: MemoryPlan) -> Iterator[str]:
     found = [plan.placements.get(instruction.result.index) for instruction in traced]
     places = [f"{place.offset:,} +{place.nbytes:,}" if place else "-" for place in found]
     width = max(map(len, places))
-    for place, line in zip([*places, ""], harmless(str(traced)).splitlines(), strict=True):
-        yield f"{place:>{width}}  {line}"
+    lines = harmless(str(traced)).splitlines()
+    for at, (place, line) in enumerate(zip([*places, ""], lines, strict=True)):
+        working = plan.workspaces.get(at)
+        beside = f"  with {working.nbytes:,} bytes at {working.offset:,}" if working else ""
+        yield f"{place:>{width}}  {line}{beside}"

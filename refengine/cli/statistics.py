@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,20 @@ from refengine.cli.terminal import say
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of one answer.
+    """Figures of one answer, or of several samples together.
 
     Attributes:
         prompt_tokens, generated_tokens: their numbers.
+        cached_tokens: of the prompt, found in the prefix cache.
         load_s: seconds to load the model, a download not included.
         first_token_s: seconds from the request to its first token.
-        prefill_tokens_per_s: prompt tokens over ``first_token_s``.
-        decode_tokens_per_s: of the tokens after the first, ``None`` where there are none.
+        prefill_tokens_per_s: prompt tokens computed over ``first_token_s``.
+        decode_tokens_per_s: of the tokens after the first of each sample, ``None`` where there are none.
         peak_rss_bytes: the most memory this process has had resident, ``None`` where that is not told.
     """
 
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     load_s: float
     first_token_s: float
@@ -34,16 +37,20 @@ class Statistics:
     peak_rss_bytes: int | None
 
 
-def statistics_of(answer: Answer, load_s: float) -> Statistics:
-    """The figures of an answer."""
-    prompt, generated = len(answer.prompt_ids), len(answer.sampled)
+def statistics_of(answers: Sequence[Answer], load_s: float, cached_tokens: int = 0) -> Statistics:
+    """The figures of an answer, or of several that one prompt was given at once."""
+    prompt, generated = len(answers[0].prompt_ids), sum(len(answer.sampled) for answer in answers)
+    first_token_s = min(answer.first_token_s for answer in answers)
+    decode_s = max(answer.first_token_s + answer.decode_s for answer in answers) - first_token_s
+    decoded = generated - len(answers)
     return Statistics(
         prompt_tokens=prompt,
+        cached_tokens=cached_tokens,
         generated_tokens=generated,
         load_s=load_s,
-        first_token_s=answer.first_token_s,
-        prefill_tokens_per_s=prompt / answer.first_token_s if answer.first_token_s else None,
-        decode_tokens_per_s=(generated - 1) / answer.decode_s if generated > 1 and answer.decode_s else None,
+        first_token_s=first_token_s,
+        prefill_tokens_per_s=(prompt - cached_tokens) / first_token_s if first_token_s else None,
+        decode_tokens_per_s=decoded / decode_s if decoded > 0 and decode_s else None,
         peak_rss_bytes=peak_rss_bytes(),
     )
 
@@ -52,9 +59,10 @@ def print_statistics(statistics: Statistics) -> None:
     """Print them to stderr, after an empty line."""
     prefill, decode = statistics.prefill_tokens_per_s, statistics.decode_tokens_per_s
     peak = statistics.peak_rss_bytes
+    kept = f", {statistics.cached_tokens:,} of them kept from before" if statistics.cached_tokens else ""
     fields = {
         "load": f"{statistics.load_s:.2f} s",
-        "prompt": amount(statistics.prompt_tokens, "token") + _rate(prefill),
+        "prompt": amount(statistics.prompt_tokens, "token") + kept + _rate(prefill),
         "first token": f"after {statistics.first_token_s:.2f} s",
         "answer": amount(statistics.generated_tokens, "token") + _rate(decode),
         "peak memory": bytes_figure(peak) if peak else "unknown",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from refengine.loader.catalogue import resolve
 from refengine.loader.checkpoint import Checkpoint
-from refengine.loader.download import Progress
 from refengine.loader.gguf import read_gguf
 from refengine.loader.metadata import Metadata
+from refengine.loader.progress import Progress
 
 
 def open(name: str, *, progress: Progress | None = None, offline: bool = False) -> Checkpoint:

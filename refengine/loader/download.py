@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import logging
 import socket
 import ssl
 import time
@@ -21,10 +20,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from refengine.errors import DownloadError, IntegrityError
+from refengine.loader.progress import Progress
 
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = 30.0  # of one connect or one read, not of the whole transfer
@@ -45,39 +45,6 @@ _CERTIFICATE_ADVICE = "Set SSL_CERT_FILE to a file with the certificates that th
 _DELETED = "What arrived was deleted; if another package index is set (REFENGINE_INDEX_URL), try without it."
 
 T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """What a download tells whoever watches it, all from one thread: ``notice* start advance* finish``."""
-
-    def notice(self, text: str) -> None:
-        """Show a text that the user should read: a licence, a choice made for them."""
-
-    def start(self, label: str, total_bytes: int) -> None:
-        """Begin a transfer of ``total_bytes``, named ``label``."""
-
-    def advance(self, n_bytes: int) -> None:
-        """Count ``n_bytes`` more; negative when the server made the transfer start again."""
-
-    def finish(self) -> None:
-        """End the transfer, complete or not; called exactly once after each ``start``."""
-
-
-class QuietProgress:
-    """Draws nothing. Notices become warnings of the ``refengine`` logger, because a licence must be seen."""
-
-    def notice(self, text: str) -> None:
-        """Log ``text`` as a warning."""
-        logging.getLogger("refengine").warning("%s", text)
-
-    def start(self, label: str, total_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, n_bytes: int) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
 
 
 def download(

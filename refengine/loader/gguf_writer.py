@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from refengine.errors import FormatError, OutputError
 from refengine.loader.cursor import MAX_LENGTH
-from refengine.loader.download import Progress, QuietProgress
 from refengine.loader.gguf import (
     ARRAY,
     DEFAULT_ALIGNMENT,
@@ -37,6 +36,7 @@ from refengine.loader.gguf import (
     STRING,
     TENSOR_TYPES,
 )
+from refengine.loader.progress import Progress, QuietProgress
 from refengine.quantizer.encodings import ENCODINGS
 
 VERSION = 3

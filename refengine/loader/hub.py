@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from refengine.errors import DownloadError, ModelNotFoundError, UnsupportedError
-from refengine.loader.download import Progress
+from refengine.loader.progress import Progress
 
 DEFAULT_QUANT = "Q4_K_M"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,46 +11,70 @@ from refengine.errors import BlockStateError
 from refengine.memory.blocks import BlockAllocator
 
 RELEASED = -1
-"""Stands in a table for a block that a sliding window has passed."""
+"""Stands in a table for a block that has been given back, or that was never needed."""
 
 
 class BlockTable:
-    """The blocks of one sequence in one KV group.
+    """The blocks of one sequence in one pool.
+
+    What it keeps as the sequence moves on: everything; with a window, the blocks that the next query sees;
+    where only what is recent counts, the first block and that of the next position, and the first for no
+    longer than a window sees it.
 
     Args:
-        allocator: the group's pool.
+        allocator: the pool.
         block_size: positions per block.
-        window: the group's attention window, ``None`` for the whole context.
+        window: the attention window, ``None`` for the whole context.
+        recent: whether only the first block and that of the next position are kept.
     """
 
-    def __init__(self, allocator: BlockAllocator, block_size: int, window: int | None = None) -> None:
-        self._allocator, self._block_size, self._window = allocator, block_size, window
-        self._blocks: list[int] = []
-        self._passed = 0
+    def __init__(
+        self, allocator: BlockAllocator, block_size: int, window: int | None = None, recent: bool = False
+    ) -> None:
+        self._allocator, self._block_size = allocator, block_size
+        self._window, self._recent = window, recent
+        self._blocks = array("i")
+        self._released = 0
+        self._passed = int(recent)  # entries below have been looked at; a recent pool's first stands apart
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> int:
+        return self._blocks[index]
 
     @property
     def blocks(self) -> NDArray[np.int32]:
-        """The blocks in order of position, int32; ``RELEASED`` for those given back."""
+        """The blocks in order of position, int32; ``RELEASED`` for those given back. A copy."""
         return np.array(self._blocks, np.int32)
 
     @property
     def held(self) -> int:
         """Blocks this table refers to."""
-        return len(self._blocks) - self._passed
+        return len(self._blocks) - self._released
+
+    def padded(self, length: int) -> array[int]:
+        """The blocks as int32 numbers, followed by ``RELEASED`` up to a length; not to be changed."""
+        fill = length - len(self._blocks)
+        return self._blocks + array("i", (RELEASED,)) * fill if fill else self._blocks
 
     def missing(self, tokens: int) -> int:
-        """Blocks that must be added before positions ``0 … tokens - 1`` have a slot."""
+        """Blocks that must be added before positions ``0 … tokens - 1`` have an entry."""
         return max(0, -(-tokens // self._block_size) - len(self._blocks))
 
     def grow(self, tokens: int) -> None:
-        """Add blocks until positions ``0 … tokens - 1`` have a slot; all or none.
+        """Add blocks until positions ``0 … tokens - 1`` have an entry; all or none.
 
         Raises:
             OutOfBlocksError: too few are free; the table is as it was.
 
         Clauses: KVC-7.
         """
-        self._blocks += self._allocator.allocate(self.missing(tokens))
+        self.extend(self._allocator.allocate(self.missing(tokens)))
+
+    def extend(self, blocks: list[int]) -> None:
+        """Add blocks behind the others; their references become the table's."""
+        self._blocks.extend(blocks)
 
     def slots(self, start: int, stop: int) -> NDArray[np.int32]:
         """The slots of positions ``start … stop - 1``: ``block · block_size + offset``, int32.
@@ -58,27 +84,90 @@ class BlockTable:
 
         Clauses: KVC-1, KVC-10.
         """
-        positions = np.arange(start, stop)
-        if stop > len(self._blocks) * self._block_size or start < self._passed * self._block_size:
+        return np.array(self.slot_list(start, stop), np.int32)
+
+    def slot_list(self, start: int, stop: int) -> list[int]:
+        """The slots of positions ``start … stop - 1``, as ``slots`` gives them."""
+        size = self._block_size
+        first, last = start // size, (stop - 1) // size
+        blocks = self._blocks[first : last + 1]
+        if not 0 <= start <= stop or last >= len(self._blocks) or RELEASED in blocks:
             raise BlockStateError(f"positions {start} to {stop - 1} have no block")
-        blocks = self.blocks[positions // self._block_size]
-        return (blocks * self._block_size + positions % self._block_size).astype(np.int32)
+        if first == last:  # as in every step but a prompt's
+            slot = blocks[0] * size + start % size
+            return list(range(slot, slot + stop - start))
+        slots = [slot for block in blocks for slot in range(block * size, (block + 1) * size)]
+        return slots[start - first * size : stop - first * size]
 
     def release_passed(self, next_position: int) -> None:
-        """Give back the blocks that no query at ``next_position`` or later can see.
+        """Give back the blocks that no query at ``next_position`` or later needs.
 
-        Clauses: KVC-9.
+        Clauses: KVC-9, KVC-16.
         """
-        if self._window is None:
+        if self._window is None and not self._recent:
             return
-        first_seen = max(0, next_position - self._window + 1) // self._block_size
-        for index in range(self._passed, min(first_seen, len(self._blocks))):
-            self._allocator.release(self._blocks[index])
-            self._blocks[index] = RELEASED
-            self._passed = index + 1
+        first_seen = self._first_seen(next_position)
+        first_kept = next_position // self._block_size if self._recent else first_seen
+        while self._passed < min(first_kept, len(self._blocks)):
+            self._give_back(self._passed)
+            self._passed += 1
+        if self._recent and first_seen and self._blocks and self._blocks[0] != RELEASED:
+            self._give_back(0)
 
     def release_all(self) -> None:
-        """Give back every block; the table is empty then."""
-        for block in self._blocks[self._passed :]:
-            self._allocator.release(block)
-        self._blocks, self._passed = [], 0
+        """Give back every block, the last one first; the table is empty then."""
+        for block in reversed(self._blocks):
+            if block != RELEASED:
+                self._allocator.release(block)
+        self._blocks, self._released, self._passed = array("i"), 0, int(self._recent)
+
+    def needed(self, blocks: int) -> range:
+        """Which entries of a prefix of so many whole blocks a query behind it needs.
+
+        Clauses: KVC-23.
+        """
+        first = self._first_seen(blocks * self._block_size)
+        return range(min(1, blocks) if first == 0 else 0) if self._recent else range(first, blocks)
+
+    def adopt(self, blocks: list[int]) -> None:
+        """Begin with blocks that others hold, ``RELEASED`` where none is needed; adds a reference to each."""
+        for block in blocks:
+            if block != RELEASED:
+                self._allocator.share(block)
+        self._blocks = array("i", blocks)
+        self._released = blocks.count(RELEASED)
+
+    def restore(self, blocks: list[int]) -> None:
+        """Begin with blocks that were allocated for this table, ``RELEASED`` where it has none.
+
+        Clauses: KVC-27.
+        """
+        self._blocks = array("i", blocks)
+        self._released = blocks.count(RELEASED)
+
+    def copy(self) -> BlockTable:
+        """A table that shares every block of this one.
+
+        Clauses: KVC-17.
+        """
+        other = type(self)(self._allocator, self._block_size, self._window, self._recent)
+        other.adopt(self._blocks.tolist())
+        other._passed = self._passed
+        return other
+
+    def replace(self, index: int, block: int) -> None:
+        """Put another block in an entry's place; the reference to the one before is given back."""
+        self._allocator.release(self._blocks[index])
+        self._blocks[index] = block
+
+    def _first_seen(self, next_position: int) -> int:
+        """The block of the first position that a query at ``next_position`` sees."""
+        if self._window is None:
+            return 0
+        return max(0, next_position - self._window + 1) // self._block_size
+
+    def _give_back(self, index: int) -> None:
+        if self._blocks[index] != RELEASED:  # of a prefix that was adopted, those never came
+            self._allocator.release(self._blocks[index])
+            self._blocks[index] = RELEASED
+            self._released += 1

@@ -26,7 +26,8 @@ def forward(
         ops: the namespace of operations.
         spec: the model.
         weights: by canonical role name (see ``refengine.models.families``).
-        caches: the KV cache of each layer, changed in place.
+        caches: the KV cache of each layer, changed in place; of a sealed one, the sealed blocks and the exact
+            copies. Then the step has twice as many pools: those of exact copies follow the others.
         step: the inputs.
     """
     x = ops.embedding(step.token_ids, weights["token_embedding"])
@@ -77,17 +78,22 @@ def _attention_block(
         k = ops.rms_norm(k, weights[w + "k_norm"], eps=eps)
     q = ops.rope(q, rope_table, pairing=layer.rope.pairing)
     k = ops.rope(k, rope_table, pairing=layer.rope.pairing)
-    cache = ops.kv_write(cache, k, v, step.slot_mapping[group])
-    attended = ops.attention(
-        q,
-        cache,
-        step.block_tables[group],
-        step.query_starts,
-        step.context_lens,
-        scale=layer.attention_scale,
-        window=layer.window,
-        softcap=layer.attention_softcap,
-    )
+    ends = (step.query_starts, step.context_lens)
+    options = {
+        "scale": layer.attention_scale,
+        "window": layer.window,
+        "softcap": layer.attention_softcap,
+    }
+    if len(step.block_tables) > len(spec.kv_groups):
+        sealed, exact = cache
+        copies = group + len(spec.kv_groups)
+        tables = (step.block_tables[group], step.block_tables[copies])
+        exact = ops.kv_write(exact, k, v, step.slot_mapping[copies])
+        sealed = ops.kv_seal(sealed, exact, *tables, *ends)
+        attended = ops.sealed_attention(q, sealed, exact, *tables, *ends, **options)
+    else:
+        cache = ops.kv_write(cache, k, v, step.slot_mapping[group])
+        attended = ops.attention(q, cache, step.block_tables[group], *ends, **options)
     h = ops.linear(
         ops.merge_heads(attended), weights[w + "attention_output"], weights.get(w + "attention_output_bias")
     )

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 from refengine.errors import FormatError, UnsupportedError
 from refengine.loader.checkpoint import Checkpoint
 from refengine.models.decoder import forward
 from refengine.models.families import build_spec, family_of
 from refengine.models.spec import LayerSpec, ModelSpec
-from refengine.program import Program, SymbolicWeights, Tracer, symbolic_inputs
+from refengine.program import Program, SymbolicWeights, Tracer, Value, symbolic_inputs
 from refengine.quantizer import LazyTensor
 
 MODEL_WEIGHTS: Mapping[str, str] = MappingProxyType(
@@ -76,14 +77,47 @@ class Model:
     @cached_property
     def program(self) -> Program:
         """The decoder, traced: T tokens, S sequences, R rows of logits."""
-        tracer = Tracer()
-        weights = SymbolicWeights(tracer, {name: tensor.shape for name, tensor in self.weights.items()})
-        caches = [
-            tracer.symbol(f"layers.{i}.cache", "state", ("B", "P", layer.kv_heads, layer.head_size))
-            for i, layer in enumerate(self.spec.layers)
-        ]
-        inputs = symbolic_inputs(tracer, len(self.spec.kv_groups))
-        return tracer.finish(forward(tracer, self.spec, weights, caches, inputs))
+        return trace(self)
+
+    @cached_property
+    def sealed_program(self) -> Program:
+        """The same for a sealed KV cache: a pool of sealed blocks and one of exact copies per group."""
+        return trace(self, sealed=True)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(tensor.size for tensor in self.weights.values())
+
+    def trace(self, *, sealed: bool) -> Program:
+        """One of the two."""
+        return self.sealed_program if sealed else self.program
+
+
+def trace(model: Model, tracer: Tracer | None = None, *, sealed: bool = False) -> Program:
+    """Record the decoder of a model.
+
+    Args:
+        model: the model.
+        tracer: what records.
+        sealed: whether the KV cache is sealed: it has twice as many pools then, those of exact copies last.
+
+    Clauses: SKV-13.
+    """
+    tracer = tracer or Tracer()
+    spec = model.spec
+    weights = SymbolicWeights(tracer, {name: tensor.shape for name, tensor in model.weights.items()})
+
+    def state(name: str, i: int) -> Value:
+        layer = spec.layers[i]
+        return tracer.symbol(f"layers.{i}.{name}", "state", ("B", "P", layer.kv_heads, layer.head_size))
+
+    caches: list[Any] = [
+        (state("cache", i), state("exact", i)) if sealed else state("cache", i)
+        for i in range(len(spec.layers))
+    ]
+    inputs = symbolic_inputs(tracer, len(spec.kv_groups) * (2 if sealed else 1))
+    return tracer.finish(forward(tracer, spec, weights, caches, inputs))
 
 
 def build(checkpoint: Checkpoint) -> Model:

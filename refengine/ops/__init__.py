@@ -16,6 +16,7 @@ from refengine.ops.linear import embedding, linear
 from refengine.ops.norm import rms_norm
 from refengine.ops.registry import Op, declared
 from refengine.ops.rope import Pairing, rope, rope_table
+from refengine.ops.sealed_attention import SealedLayerCache, kv_seal, sealed_attention
 from refengine.ops.shape import merge_heads, split_heads, take_rows
 from refengine.ops.signature import Dim, Shape, ShapeError
 
@@ -31,6 +32,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
         rope,
         kv_write,
         attention,
+        kv_seal,
+        sealed_attention,
         add,
         gated,
         softcap,
@@ -48,12 +51,14 @@ __all__ = [
     "LayerCache",
     "Op",
     "Pairing",
+    "SealedLayerCache",
     "Shape",
     "ShapeError",
     "add",
     "attention",
     "embedding",
     "gated",
+    "kv_seal",
     "kv_write",
     "linear",
     "merge_heads",
@@ -61,6 +66,7 @@ __all__ = [
     "rope",
     "rope_table",
     "scale",
+    "sealed_attention",
     "softcap",
     "split_heads",
     "take_rows",

@@ -1,26 +1,50 @@
 """Paged attention: writing keys and values into blocks, and attending through block tables.
 
 A sequence's keys and values lie in fixed-size blocks anywhere in the cache; its block table names them in
-order (Kwon et al., 2023, arXiv:2309.06180). Position ``p`` of a sequence lives in slot
-``table[p // block_size] · block_size + p % block_size``.
+order (Kwon et al., 2023, arXiv:2309.06180). Position ``p`` of a sequence lives in block
+``table[p // block_size]`` at offset ``p % block_size``.
+
+No array grows with the context: keys come tile by tile, and beside the sums of weighted values stand the
+largest score so far and the sum of the weights, both corrected when a larger score comes (Milakov &
+Gimelshein, 2018, arXiv:1805.02867; Dao et al., 2022, arXiv:2205.14135). Two parts do this, of which another
+kind of cache can use the second as it is:
+
+``gather(blocks, table, positions, out)``
+    copies positions of one sequence out of their blocks.
+``attend(q, position, tiles, out, ...)``
+    attends from consecutive queries over whatever ``tiles(first, position, last, heads)`` yields: for every
+    tile of ``KEY_TILE`` positions that meets ``range(first, last)``, in order, a ``KeyTile`` of keys and
+    values. It must yield the same numbers for a position whatever the range is. Where different queries see
+    different numbers at one position, it yields a tile for each, and hides from a query what is another's.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refengine.ops.arrays import FloatArray, IndexArray
-from refengine.ops.matmul import matmul_columns
+from refengine.ops.matmul import matmul_columns, matmul_workspace
 from refengine.ops.registry import op
+from refengine.ops.scratch import Scratch, aligned
 
 KEY_TILE = 192
-"""Keys multiplied and summed at once. The tiles of a sequence begin at fixed positions, so that a key is
-always added in the same order, however the sequence was cut into steps."""
+"""Keys multiplied and summed at once. Tiles begin at multiples of this position, so that a key is always
+added in the same order, however the sequence was cut into steps."""
 
 QUERY_TILE = 128
-"""Queries treated at once: bounds the scores held to ``heads · QUERY_TILE · context`` numbers."""
+"""Queries treated at once, or fewer: so many that they make about ``COLUMN_TILE`` columns."""
+
+COLUMN_TILE = 256
+"""Columns of a product: one per query, and query head of a key head."""
+
+HEAD_TILE = 8
+"""Key heads treated at once."""
 
 ROW_MULTIPLE = 48
 """Rows of the value operand are padded to this: a common multiple of the register blocks (12, 16, 24) of
@@ -28,10 +52,35 @@ BLAS kernels, for which wide calls agree with narrow ones (see ``matmul``)."""
 
 
 class LayerCache(NamedTuple):
-    """One layer's ``keys`` and ``values``, each ``[blocks, block_size, kv_heads, head_size]``."""
+    """One layer's ``keys`` and ``values``, each ``[blocks, block_size, kv_heads, head_size]``.
+
+    They may be strided views: memory of other layers may lie between two blocks.
+    """
 
     keys: FloatArray
     values: FloatArray
+
+
+class KeyTile(NamedTuple):
+    """Keys and values of ``KEY_TILE`` positions from ``start`` on, zero where they are not seen.
+
+    ``keys`` are ``[KEY_TILE, g, D]`` and ``values`` ``[KEY_TILE, g, value_width(D)]``, for some key heads;
+    element ``D`` of the values is one, and those behind it zero. ``hides`` tells what some queries do not
+    see, beside later positions and those before their windows. A tile holds until the next one is asked for.
+    """
+
+    start: int
+    keys: FloatArray
+    values: FloatArray
+    hides: Hides | None = None
+
+
+Hides = Callable[[NDArray[np.integer], NDArray[np.integer], NDArray[np.bool_]], object]
+"""``hides(key_position, query_position, out)`` makes ``out`` true where the query does not see the key."""
+
+Tiles = Callable[[int, int, int, slice], Iterator[KeyTile]]
+"""``tiles(first, position, last, heads)``: the tiles that hold positions ``first`` to ``last - 1``, of these
+key heads, for queries at ``position`` to ``last - 1``."""
 
 
 @op("cache[B, P, G, D], k[T, G, D], v[T, G, D], slot_mapping[T] -> [B, P, G, D]", sharing="state")
@@ -42,13 +91,44 @@ def kv_write(cache: LayerCache, k: FloatArray, v: FloatArray, slot_mapping: Inde
 
     Clauses: ATT-6, ATT-7.
     """
+    block, offset = np.divmod(slot_mapping, cache.keys.shape[1])
     for blocks, new in ((cache.keys, k), (cache.values, v)):
-        blocks.reshape(-1, *blocks.shape[2:])[slot_mapping] = new
+        blocks[block, offset] = new
     return cache
+
+
+def attend_workspace(
+    shapes: Sequence[tuple[int, ...] | None], attributes: Mapping[str, Any], itemsize: int
+) -> int:
+    """Of as many queries and key heads as are treated at once, the tile of keys and values among them."""
+    q, cache = shapes[0], shapes[1]
+    if q is None or cache is None:
+        return 0
+    (tokens, heads, size), kv_heads = q, cache[2]
+    group, at_once = heads // kv_heads, min(kv_heads, HEAD_TILE)
+    columns, rows = min(tokens, _queries_at_once(group)) * group, value_width(size)
+
+    def array(*shape: int) -> int:
+        return aligned(prod(shape) * itemsize)
+
+    scores = array(at_once, KEY_TILE, columns)
+    scoring = max(aligned(KEY_TILE * columns), matmul_workspace(at_once, KEY_TILE, size, columns, itemsize))
+    adding = array(at_once, rows, columns) + matmul_workspace(at_once, rows, KEY_TILE, columns, itemsize)
+    return (
+        array(KEY_TILE, at_once, size)
+        + array(KEY_TILE, at_once, rows)
+        + array(at_once, columns, size)
+        + array(at_once, rows, columns)
+        + array(at_once, 1, columns)
+        + scores
+        + 2 * array(at_once, 1, columns)
+        + max(scoring, adding)
+    )
 
 
 @op(
     "q[T, H, D], cache[B, P, G, D], block_tables[S, M], query_starts[S1], context_lens[S] -> [T, H, D]",
+    workspace=attend_workspace,
 )
 def attention(
     q: FloatArray,
@@ -61,6 +141,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     out: FloatArray | None = None,
+    scratch: Scratch | None = None,
 ) -> FloatArray:
     """Causal softmax attention of each sequence's queries over its own cached keys.
 
@@ -72,108 +153,193 @@ def attention(
 
     ``score[j] = softcap(scale · (q · k[j]))`` and
     ``y = Σ_j exp(score[j] - max) · v[j] / Σ_j exp(score[j] - max)``, summed tile by tile (``KEY_TILE``) in
-    order of position.
+    order of position, with the largest score so far for ``max``.
 
     Clauses: ATT-1, ATT-2, ATT-3, ATT-4, ATT-5, ATT-6, ATT-8, ATT-9, ATT-10, ATT-11, ATT-12, ATT-13, ATT-14.
     """
+    scratch = scratch or Scratch()
     if out is None:
         out = np.empty_like(q)
     for sequence, context in enumerate(context_lens):
         start, stop = int(query_starts[sequence]), int(query_starts[sequence + 1])
-        first_position = int(context) - (stop - start)
-        for top in range(start, stop, QUERY_TILE):
-            bottom = min(top + QUERY_TILE, stop)
-            _attend(
-                q[top:bottom],
-                cache,
-                block_tables[sequence],
-                first_position + top - start,
-                scale,
-                window,
-                softcap,
-                out[top:bottom],
-            )
+        attend(
+            q[start:stop],
+            int(context) - (stop - start),
+            paged_tiles(cache, block_tables[sequence], q.dtype, scratch),
+            out[start:stop],
+            kv_heads=cache.keys.shape[2],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            scratch=scratch,
+        )
     return out
+
+
+def attend(
+    q: FloatArray,
+    position: int,
+    tiles: Tiles,
+    out: FloatArray,
+    *,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    scratch: Scratch,
+) -> None:
+    """Attention of consecutive queries ``q[N, H, D]`` of one sequence, the first at ``position``.
+
+    Works on some queries and some key heads at a time. What a query gets does not depend on which: it sees
+    the same tiles in the same order, and its columns of every product have the bits they would have alone.
+    """
+    group = q.shape[1] // kv_heads
+    step = _queries_at_once(group)
+    for top, head in product(range(0, len(q), step), range(0, kv_heads, HEAD_TILE)):
+        heads = slice(head, min(head + HEAD_TILE, kv_heads))
+        query_heads = slice(heads.start * group, heads.stop * group)
+
+        def stands(rows: slice, heads: slice = heads, query_heads: slice = query_heads) -> bool:
+            part = q[rows, query_heads], out[rows, query_heads]
+            return _attend(*part, position + rows.start, tiles, heads, scale, window, softcap, scratch)
+
+        bottom = min(top + step, len(q))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not stands(slice(top, bottom)):
+                # 0 · inf is not 0: a non-finite value may spoil only the queries that see it.
+                for row in range(top, bottom):
+                    stands(slice(row, row + 1))
+
+
+def paged_tiles(
+    cache: LayerCache, table: IndexArray, dtype: np.dtype[np.floating], scratch: Scratch
+) -> Tiles:
+    """The tiles of one sequence, gathered from a cache into ``scratch``, one at a time."""
+    size = cache.keys.shape[3]
+
+    def tiles(first: int, position: int, last: int, heads: slice) -> Iterator[KeyTile]:
+        count = heads.stop - heads.start
+        keys = scratch.zeros((KEY_TILE, count, size), dtype)
+        values = scratch.zeros((KEY_TILE, count, value_width(size)), dtype)
+        for start in range(first // KEY_TILE * KEY_TILE, last, KEY_TILE):
+            seen = range(max(first, start), min(last, start + KEY_TILE))
+            rows = slice(seen.start - start, seen.stop - start)
+            for array in (keys, values):
+                array[: rows.start] = array[rows.stop :] = 0
+            gather(cache.keys[:, :, heads], table, seen, keys[rows])
+            gather(cache.values[:, :, heads], table, seen, values[rows, :, :size])
+            values[rows, :, size] = 1
+            yield KeyTile(start, keys, values)
+
+    return tiles
+
+
+def gather(blocks: FloatArray, table: IndexArray, positions: range, out: FloatArray) -> None:
+    """Copy positions of a sequence out of ``blocks[B, P, g, D]`` into the rows of ``out``."""
+    block_size, done = blocks.shape[1], 0
+    while done < len(positions):
+        number, offset = divmod(positions[done], block_size)
+        count = min(block_size - offset, len(positions) - done)
+        out[done : done + count] = blocks[table[number], offset : offset + count]
+        done += count
+
+
+def value_width(head_size: int) -> int:
+    """Rows of the value operand: a head's elements, one for the sum of the weights, and padding."""
+    return -(-(head_size + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _queries_at_once(group: int) -> int:
+    return min(QUERY_TILE, -(-COLUMN_TILE // group))
 
 
 def _attend(
     q: FloatArray,
-    cache: LayerCache,
-    block_table: IndexArray,
+    out: FloatArray,
     position: int,
+    tiles: Tiles,
+    heads: slice,
     scale: float,
     window: int | None,
     softcap: float | None,
-    out: FloatArray,
-) -> None:
-    """Attention of consecutive queries of one sequence, the first at ``position``; ``q`` is ``[N, H, D]``."""
-    queries, heads, size = q.shape
-    kv_heads = cache.keys.shape[2]
-    seen_from = 0 if window is None else max(0, position - window + 1)
-    seen_to = position + queries
-    first_tile, tiles = seen_from // KEY_TILE, -(-seen_to // KEY_TILE) - seen_from // KEY_TILE
-    base = first_tile * KEY_TILE
+    scratch: Scratch,
+) -> bool:
+    """Attention of all of these queries at once, over some key heads.
 
-    keys, values = _gather(cache, block_table, seen_from, seen_to, base, tiles)
-    # One column per query and head; the heads that share a key head stand side by side.
-    columns = q.reshape(queries, kv_heads, -1, size).transpose(1, 3, 0, 2).reshape(kv_heads, 1, size, -1)
-
-    scores = matmul_columns(keys, columns)  # [G, tiles, KEY_TILE, columns]
-    scores *= q.dtype.type(scale)
-    if softcap is not None:
-        scores /= q.dtype.type(softcap)
-        np.tanh(scores, out=scores)
-        scores *= q.dtype.type(softcap)
-    key_position = (base + np.arange(tiles * KEY_TILE)).reshape(tiles, KEY_TILE, 1)
-    query_position = np.repeat(position + np.arange(queries), heads // kv_heads)
-    hidden = key_position > query_position
-    if window is not None:
-        hidden |= key_position <= query_position - window
-    np.putmask(scores, np.broadcast_to(hidden, scores.shape), -np.inf)
-
-    scores -= scores.max(axis=(1, 2), keepdims=True)
-    weights = np.exp(scores, out=scores)  # a hidden key's weight is exactly zero
-    sums = np.zeros((kv_heads, values.shape[-2], columns.shape[-1]), q.dtype)
-    for tile in range(tiles):
-        sums += matmul_columns(values[:, tile], weights[:, tile])
-    attended = sums[:, :size] / sums[:, size : size + 1]  # the row of ones has summed the weights
-
-    if queries > 1 and not np.isfinite(attended).all():
-        # 0 · inf is not 0: a non-finite value may spoil only the queries that see it.
-        for query in range(queries):
-            row = slice(query, query + 1)
-            _attend(q[row], cache, block_table, position + query, scale, window, softcap, out[row])
-        return
-    out[...] = (
-        attended.reshape(kv_heads, size, queries, -1).transpose(2, 0, 3, 1).reshape(queries, heads, size)
-    )
-
-
-def _gather(
-    cache: LayerCache,
-    block_table: IndexArray,
-    seen_from: int,
-    seen_to: int,
-    base: int,
-    tiles: int,
-) -> tuple[FloatArray, FloatArray]:
-    """Copy the seen positions out of their blocks into whole tiles, the rest zero.
-
-    Returns keys ``[G, tiles, KEY_TILE, D]`` and values ``[G, tiles, D', KEY_TILE]``, where row ``D`` of the
-    values is ones and the rows up to ``D'`` are zero.
+    Returns:
+        Whether the results stand: not, where one is not finite and may be another query's.
     """
-    _, block_size, kv_heads, size = cache.keys.shape
-    seen = np.arange(seen_from, seen_to)
-    slots = block_table[seen // block_size] * block_size + seen % block_size
-    span = slice(seen_from - base, seen_to - base)
+    queries, size, kv_heads = len(q), q.shape[2], heads.stop - heads.start
+    group, dtype = q.shape[1] // kv_heads, q.dtype
+    seen_from = 0 if window is None else max(0, position - window + 1)
+    with scratch.frame():
+        # One column per query and head; the heads that share a key head stand side by side.
+        columns = scratch.empty((kv_heads, queries, group, size), dtype)
+        columns[...] = q.reshape(queries, kv_heads, group, size).transpose(1, 0, 2, 3)
+        columns = columns.reshape(kv_heads, queries * group, size).swapaxes(1, 2)
+        sums = scratch.zeros((kv_heads, value_width(size), queries * group), dtype)
+        largest = scratch.empty((kv_heads, 1, queries * group), dtype)
+        largest.fill(np.finfo(dtype).min)
+        for tile in tiles(seen_from, position, position + queries, heads):
+            # The queries that see anything of this tile; only their sums are touched.
+            first = max(0, tile.start - position)
+            last = queries if window is None else min(queries, tile.start + KEY_TILE + window - 1 - position)
+            part = slice(first * group, last * group)
+            query_position = np.repeat(np.arange(position + first, position + last), group)
+            with scratch.frame():
+                scores = scratch.empty((kv_heads, KEY_TILE, (last - first) * group), dtype)
+                _score(tile, columns[..., part], query_position, scores, scale, window, softcap, scratch)
+                _add(tile, scores, largest[..., part], sums[..., part], scratch)
+        weight = largest  # its memory: a quotient's operand must not lie in its result's array
+        weight[...] = sums[:, size : size + 1]
+        np.divide(sums[:, :size], weight, out=sums[:, :size])
+        attended = sums[:, :size].reshape(kv_heads, size, queries, group)
+        out.reshape(queries, kv_heads, group, size)[...] = attended.transpose(2, 0, 3, 1)
+        return queries == 1 or bool(np.isfinite([attended.min(), attended.max()]).all())
 
-    keys = np.zeros((tiles * KEY_TILE, kv_heads, size), cache.keys.dtype)
-    keys[span] = cache.keys.reshape(-1, kv_heads, size)[slots]
-    padded_size = -(-(size + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
-    values = np.zeros((tiles * KEY_TILE, kv_heads, padded_size), cache.values.dtype)
-    values[span, :, :size] = cache.values.reshape(-1, kv_heads, size)[slots]
-    values[span, :, size] = 1
-    return (
-        keys.reshape(tiles, KEY_TILE, kv_heads, size).transpose(2, 0, 1, 3),
-        values.reshape(tiles, KEY_TILE, kv_heads, padded_size).transpose(2, 0, 3, 1),
-    )
+
+def _score(
+    tile: KeyTile,
+    columns: FloatArray,
+    query_position: IndexArray,
+    scores: FloatArray,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    scratch: Scratch,
+) -> None:
+    """Scores ``[g, KEY_TILE, columns]`` of a tile, minus infinity where a query does not see the key."""
+    kind = scores.dtype.type
+    matmul_columns(tile.keys.transpose(1, 0, 2), columns, order="F", out=scores, scratch=scratch)
+    scores *= kind(scale)
+    if softcap is not None:
+        scores /= kind(softcap)
+        np.tanh(scores, out=scores)
+        scores *= kind(softcap)
+    key_position = np.arange(tile.start, tile.start + KEY_TILE)
+    with scratch.frame():
+        hidden = scratch.empty(scores.shape[1:], np.bool_)
+        if key_position[-1] > query_position[0]:
+            later = np.greater(key_position[:, None], query_position, out=hidden)
+            np.copyto(scores, -np.inf, where=later)
+        if window is not None and key_position[0] <= query_position[-1] - window:
+            passed = np.less_equal(key_position[:, None], query_position - window, out=hidden)
+            np.copyto(scores, -np.inf, where=passed)
+        if tile.hides is not None:
+            tile.hides(key_position[:, None], query_position, hidden)
+            np.copyto(scores, -np.inf, where=hidden)
+
+
+def _add(tile: KeyTile, scores: FloatArray, largest: FloatArray, sums: FloatArray, scratch: Scratch) -> None:
+    """Add a tile's weighted values, and their weights, to the sums under the largest score so far."""
+    risen, shrink = (scratch.empty(largest.shape, largest.dtype) for _ in range(2))
+    np.maximum(largest, np.max(scores, axis=1, keepdims=True, out=risen), out=risen)
+    np.exp(np.subtract(largest, risen, out=shrink), out=shrink)  # what was added before weighs less now
+    largest[...] = risen
+    scores -= largest
+    weights = np.exp(scores, out=scores)  # a hidden key's weight is exactly zero
+    sums *= shrink
+    with scratch.frame():
+        added = scratch.empty(sums.shape, sums.dtype)
+        matmul_columns(tile.values.transpose(1, 2, 0), weights, out=added, scratch=scratch)
+        sums += added

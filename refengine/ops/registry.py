@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +14,10 @@ Sharing = Literal["fresh", "in_place", "view", "state"]
 ``fresh``: new memory. ``in_place``: may overwrite the first operand, where nobody needs that any more.
 ``view``: the same memory under another shape. ``state``: the first operand itself, changed (the KV cache).
 """
+
+Workspace = Callable[[Sequence[tuple[int, ...] | None], Mapping[str, Any], int], int]
+"""``workspace(shapes, attributes, itemsize)``: bytes of working memory that a golden op takes at most from
+its ``Scratch``, for operands of these shapes or smaller ones and elements of ``itemsize`` bytes."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +31,8 @@ class Op:
         golden: the NumPy function that defines it, ``golden(*operands, **attributes, out=None)``.
         signature: operands and result with their shapes.
         sharing: how the result relates to the first operand's memory.
+        workspace: the working memory of the golden function; ``None`` where it needs none. One that needs
+            some takes a ``scratch``.
 
     Clauses: PRG-4.
     """
@@ -35,14 +41,15 @@ class Op:
     golden: Callable[..., Any]
     signature: Signature
     sharing: Sharing
+    workspace: Workspace | None = None
 
 
-def op(signature: str, *, sharing: Sharing = "fresh") -> Callable[[F], F]:
+def op(signature: str, *, sharing: Sharing = "fresh", workspace: Workspace | None = None) -> Callable[[F], F]:
     """Declare a golden op; the function stays an ordinary function."""
     parsed = parse_signature(signature)
 
     def declare(function: F) -> F:
-        function.__dict__["op"] = Op(function.__name__, function, parsed, sharing)
+        function.__dict__["op"] = Op(function.__name__, function, parsed, sharing, workspace)
         return function
 
     return declare

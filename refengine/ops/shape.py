@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
 from refengine.ops.arrays import FloatArray, IndexArray
 from refengine.ops.registry import op
+
+_ROWS = 16
+"""Rows fetched at once."""
 
 
 @op("x[T, N] -> [T, heads, N/heads]", sharing="view")
@@ -32,4 +35,13 @@ def take_rows(x: FloatArray, rows: IndexArray, *, out: FloatArray | None = None)
 
     Clauses: OPS-5, CNV-1.
     """
-    return np.take(x, rows, axis=0, out=out)
+    if out is None:
+        return x[rows]
+    return copy_rows(x, rows, out)
+
+
+def copy_rows(table: Any, rows: IndexArray, out: FloatArray) -> FloatArray:
+    """``out[r] = table[rows[r]]``, a few rows at a time, so that what lies in between is small."""
+    for start in range(0, len(rows), _ROWS):
+        out[start : start + _ROWS] = table[rows[start : start + _ROWS]]
+    return out

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from refengine.program.ir import Instruction, Program, Value, concrete
-from refengine.program.plan import MemoryPlan, Placement, plan_memory
-from refengine.program.precision import POLICIES, Policy, policy
+from refengine.program.plan import MemoryPlan, Placement, WorkspaceOf, golden_workspace, plan_memory
+from refengine.program.precision import POLICIES, Policy, kv_formats, policy
 from refengine.program.step_batch import StepBatch, StepInputs, check_step_batch
 from refengine.program.tracer import SymbolicWeights, Tracer, input_arrays, symbolic_inputs
 
@@ -20,9 +20,12 @@ __all__ = [
     "SymbolicWeights",
     "Tracer",
     "Value",
+    "WorkspaceOf",
     "check_step_batch",
     "concrete",
+    "golden_workspace",
     "input_arrays",
+    "kv_formats",
     "plan_memory",
     "policy",
     "symbolic_inputs",

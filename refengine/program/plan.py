@@ -1,24 +1,27 @@
 """The memory plan: one arena in which every intermediate value has a place for as long as it lives.
 
 A value lives from the instruction that gives it to the last one that reads it. Values whose lives
-overlap lie apart; others share memory, so that all layers reuse the space of one. Places are chosen
-greedily, largest value first, at the lowest free offset (Pisarchyk & Lee, 2020, arXiv:2001.03288).
+overlap lie apart; others share memory, so that all layers reuse the space of one. Working memory of an
+instruction lies there too, and lives as long as that. Places are chosen greedily at the lowest free offset,
+in each of a few orders (Pisarchyk & Lee, 2020, arXiv:2001.03288), and the smallest arena is taken.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
-from refengine.program.ir import Program, concrete
+from refengine.ops.scratch import aligned
+from refengine.program.ir import Instruction, Program, concrete
 from refengine.program.precision import Policy
 
-ALIGNMENT = 64
-"""Offsets are multiples of a cache line (bytes)."""
+WorkspaceOf = Callable[[Instruction, Mapping[str, int]], int]
+"""``workspace(instruction, sizes)``: bytes of working memory that an instruction needs at most."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class MemoryPlan:
         dtype: of every value.
         placements: by the index of a value. A value that shares another's memory (a view, a result that
             overwrites its operand) has that value's offset.
+        workspaces: by the position of an instruction: its working memory, where it needs any.
         arena_bytes: size of the arena.
     """
 
@@ -47,32 +51,81 @@ class MemoryPlan:
     dtype: np.dtype[np.floating]
     placements: Mapping[int, Placement]
     arena_bytes: int
+    workspaces: Mapping[int, Placement] = field(default_factory=dict)
+
+    @property
+    def least_bytes(self) -> int:
+        """The most bytes that live at one instruction: no arena can be smaller."""
+        places = {(p.offset, p.nbytes, p.first, p.last) for p in self.placements.values()}
+        places |= {(p.offset, p.nbytes, p.first, p.last) for p in self.workspaces.values()}
+        return max(
+            (sum(n for _, n, a, b in places if a <= at <= b) for at in {first for _, _, first, _ in places}),
+            default=0,
+        )
 
 
 @dataclass
 class _Buffer:
-    """Memory that one or more values occupy in turn."""
+    """Memory that one or more values occupy in turn, or an instruction's working memory."""
 
     nbytes: int
     first: int
     last: int
     values: list[int]
-    offset: int = -1
 
 
-def plan_memory(program: Program, policy: Policy, sizes: Mapping[str, int]) -> MemoryPlan:
+def plan_memory(
+    program: Program, policy: Policy, sizes: Mapping[str, int], workspace: WorkspaceOf | None = None
+) -> MemoryPlan:
     """Plan the arena of a Program for at most these sizes of its symbols.
 
     The output is not placed: it is given to the caller.
 
-    Clauses: OPS-4, CNV-14, PRG-7, PRG-8, PRG-9, PRG-10, PRG-11, PRG-12.
+    Args:
+        program: what will be computed.
+        policy: gives the dtype of every value.
+        sizes: the most there may be of T, S and R.
+        workspace: tells the working memory of each instruction; ``None`` where none is to be planned.
+
+    Clauses: OPS-4, CNV-14, PRG-7, PRG-8, PRG-9, PRG-10, PRG-11, PRG-12, PRG-13, PRG-14.
     """
     buffers = _buffers(program, policy.activations, sizes)
-    arena_bytes = _place(buffers)
-    placements = {
-        value: Placement(b.offset, b.nbytes, b.first, b.last) for b in buffers for value in b.values
-    }
-    return MemoryPlan(dict(sizes), policy.activations, placements, arena_bytes)
+    working = {}
+    if workspace is not None:
+        for at, instruction in enumerate(program):
+            if nbytes := workspace(instruction, sizes):
+                working[at] = _Buffer(aligned(nbytes), at, at, [])
+    offsets, arena_bytes = _place([*buffers, *working.values()])
+
+    def placement(buffer: _Buffer) -> Placement:
+        return Placement(offsets[id(buffer)], buffer.nbytes, buffer.first, buffer.last)
+
+    return MemoryPlan(
+        dict(sizes),
+        policy.activations,
+        {value: placement(buffer) for buffer in buffers for value in buffer.values},
+        arena_bytes,
+        {at: placement(buffer) for at, buffer in working.items()},
+    )
+
+
+def golden_workspace(instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
+    """Bytes of working memory that an instruction's golden function takes at most, for steps up to ``sizes``.
+
+    A symbol that ``sizes`` does not name counts as 1: the numbers of blocks, on which no working memory
+    depends. Positions per block (``P``) must be named for a sealed KV cache.
+
+    Clauses: PRG-13.
+    """
+    if instruction.op.workspace is None:
+        return 0
+    named = {"S1": sizes.get("S", 1) + 1, **sizes}
+    shapes = [
+        None if v is None else tuple(d if isinstance(d, int) else named.get(d, 1) for d in v.shape)
+        for v in instruction.operands
+    ]
+    shapes += [None] * (len(instruction.op.signature.operands) - len(shapes))
+    return instruction.op.workspace(shapes, instruction.attributes, policy.activations.itemsize)
 
 
 def last_uses(program: Program) -> dict[int, int]:
@@ -98,20 +151,36 @@ def _buffers(program: Program, dtype: np.dtype[np.floating], sizes: Mapping[str,
             holder[result.index] = shared
             continue
         nbytes = prod(concrete(result.shape, sizes)) * dtype.itemsize
-        holder[result.index] = _Buffer(-(-nbytes // ALIGNMENT) * ALIGNMENT, at, last, [result.index])
+        holder[result.index] = _Buffer(aligned(nbytes), at, last, [result.index])
     return list({id(buffer): buffer for buffer in holder.values()}.values())
 
 
-def _place(buffers: list[_Buffer]) -> int:
-    """Give every buffer the lowest offset free during its life, largest first; returns the arena's size."""
-    placed: list[_Buffer] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.first)):
+def _place(buffers: list[_Buffer]) -> tuple[dict[int, int], int]:
+    """Offsets of buffers, by their ids, and the size of the arena: the smallest of several orders'."""
+    living = defaultdict[int, int](int)
+    for buffer in buffers:
+        for at in range(buffer.first, buffer.last + 1):
+            living[at] += buffer.nbytes
+    orders: tuple[Callable[[_Buffer], tuple[int, ...]], ...] = (
+        lambda b: (-b.nbytes, b.first),
+        lambda b: (b.first, -b.nbytes),
+        lambda b: (b.first - b.last, -b.nbytes),
+        lambda b: (-max(living[at] for at in range(b.first, b.last + 1)), b.first - b.last, -b.nbytes),
+    )
+    return min((_placed(sorted(buffers, key=order)) for order in orders), key=lambda found: found[1])
+
+
+def _placed(buffers: list[_Buffer]) -> tuple[dict[int, int], int]:
+    """Give every buffer, in this order, the lowest offset that is free during its life."""
+    placed: list[tuple[int, _Buffer]] = []  # in order of offset
+    end = 0
+    for buffer in buffers:
         offset = 0
-        for other in placed:  # in order of offset
+        for start, other in placed:
             if other.first <= buffer.last and buffer.first <= other.last:
-                if offset + buffer.nbytes <= other.offset:
+                if offset + buffer.nbytes <= start:
                     break
-                offset = max(offset, other.offset + other.nbytes)
-        buffer.offset = offset
-        insort(placed, buffer, key=lambda b: b.offset)
-    return max((b.offset + b.nbytes for b in buffers), default=0)
+                offset = max(offset, start + other.nbytes)
+        insort(placed, (offset, buffer), key=lambda p: p[0])
+        end = max(end, offset + buffer.nbytes)
+    return {id(buffer): offset for offset, buffer in placed}, end

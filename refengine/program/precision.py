@@ -9,6 +9,8 @@ from types import MappingProxyType
 import numpy as np
 
 from refengine.errors import UnsupportedError
+from refengine.memory import SealedFormat
+from refengine.quantizer import SEALED_KEYS, SEALED_VALUES
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Policy:
     activations: np.dtype[np.floating]
     kv: np.dtype[np.floating]
 
+
+_PLAIN = ("float16", "float32", "float64")
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -48,3 +52,38 @@ def policy(name: str) -> Policy:
     if name not in POLICIES:
         raise UnsupportedError(f"unknown precision policy {name!r}; there are {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def kv_formats(
+    name: str | None, chosen: Policy
+) -> tuple[np.dtype[np.floating], tuple[SealedFormat, SealedFormat] | None]:
+    """Dtype of plain keys and values, and the formats of sealed ones, ``None`` where they are not sealed.
+
+    Args:
+        name: a float dtype, to which keys and values are rounded when they are written; or a format of
+            sealed blocks (``int8``, ``int4``), or two of them as ``keys/values``, beside which exact copies
+            keep the policy's dtype; ``None`` for the policy's dtype.
+        chosen: the precision policy.
+
+    Raises:
+        UnsupportedError: no such KV dtype, or one that holds more than the policy computes.
+
+    Clauses: SKV-10.
+    """
+    if name is None:
+        return chosen.kv, None
+    keys, values = name.split("/") if name.count("/") == 1 else (name, name)
+    if keys == values and keys in _PLAIN:
+        if np.dtype(keys).itemsize > chosen.kv.itemsize:
+            raise UnsupportedError(
+                f"KV dtype {name} holds more than the policy {chosen.name} computes: leave it out, "
+                f"or choose the policy {keys}"
+            )
+        return np.dtype(keys), None
+    for part in (keys, values):
+        if part not in SEALED_KEYS:
+            raise UnsupportedError(
+                f"unknown KV dtype {part!r}; there are {', '.join(dict.fromkeys((*_PLAIN, *SEALED_KEYS)))}, "
+                "and pairs of keys/values such as int8/int4"
+            )
+    return chosen.kv, (SEALED_KEYS[keys], SEALED_VALUES[values])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.errors import RequestError, TokenIdError
+from refengine.memory import KVLayout
 
 A = TypeVar("A")
 IndexArray = NDArray[np.int32]
@@ -20,8 +21,8 @@ IndexArray = NDArray[np.int32]
 class StepInputs(Generic[A]):
     """The arrays of a step, under the field's names; ``A`` is an array, or its symbol while tracing.
 
-    Shapes: T tokens, S sequences, R rows whose logits are wanted, one entry per KV group (layers with the
-    same attention window share their block tables).
+    Shapes: T tokens, S sequences, R rows whose logits are wanted, one entry per pool of the KV cache (layers
+    with the same attention window share their block tables).
     """
 
     token_ids: A  # [T]
@@ -29,8 +30,8 @@ class StepInputs(Generic[A]):
     query_starts: A  # [S + 1], first row of each sequence, then T
     context_lens: A  # [S], positions in the cache once this step is written
     logit_rows: A  # [R], rows of T
-    slot_mapping: tuple[A, ...]  # per group [T]: block · block_size + offset
-    block_tables: tuple[A, ...]  # per group [S, M]; M covers the longest context
+    slot_mapping: tuple[A, ...]  # per pool [T]: block · block_size + offset
+    block_tables: tuple[A, ...]  # per pool [S, M]; M covers the longest context
 
 
 StepBatch = StepInputs[IndexArray]
@@ -39,25 +40,21 @@ StepBatch = StepInputs[IndexArray]
 
 def check_step_batch(
     batch: StepBatch,
+    layout: KVLayout,
     *,
     vocabulary_size: int,
-    num_blocks: tuple[int, ...],
-    windows: tuple[int | None, ...],
-    block_size: int,
     sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Refuse a batch that would make an op read or write outside its arrays.
 
     Every backend calls this (or proves the same) before any address is formed. Entries of
     ``block_tables`` are checked where some query of the sequence reads them: blocks that a window has
-    passed may be named by anything.
+    passed may be named by anything, and so may exact copies of blocks that are read as sealed.
 
     Args:
         batch: the step.
+        layout: the KV cache's pools.
         vocabulary_size: rows of the embedding.
-        num_blocks: blocks in the pool of each KV group.
-        windows: attention window of each KV group, ``None`` for the whole context.
-        block_size: positions per block.
         sizes: the most there may be of T, S and R: the plan's.
 
     Raises:
@@ -91,20 +88,24 @@ def check_step_batch(
         raise RequestError("positions are not the last ones of each context")
     if not _within(batch.logit_rows, tokens):
         raise RequestError(f"logit_rows {batch.logit_rows.tolist()} lie outside the step's {tokens} tokens")
-    if not len(batch.slot_mapping) == len(batch.block_tables) == len(num_blocks):
-        raise RequestError(f"the model has {len(num_blocks)} KV groups, the step names another number")
+    pools, block_size = layout.groups, layout.block_size
+    if not len(batch.slot_mapping) == len(batch.block_tables) == len(pools):
+        raise RequestError(f"the KV cache has {len(pools)} pools, the step names another number")
     first_positions = batch.context_lens - lengths
     ends = -(-batch.context_lens // block_size)
-    for slots, tables, blocks, window in zip(
-        batch.slot_mapping, batch.block_tables, num_blocks, windows, strict=True
-    ):
+    for slots, tables, pool in zip(batch.slot_mapping, batch.block_tables, pools, strict=True):
+        blocks = pool.num_blocks
         if slots.shape != (tokens,) or not _within(slots, blocks * block_size):
             raise RequestError(f"slot_mapping leaves the pool of {blocks} blocks of {block_size}")
         if tables.shape[0] != sequences or tables.shape[1] < ends.max():
             raise RequestError(f"block_tables {list(tables.shape)} are too small for {sequences} sequences")
         for table, first, end in zip(tables, first_positions, ends, strict=True):
-            seen_from = 0 if window is None else max(0, int(first) - window + 1)
-            if not _within(table[seen_from // block_size : end], blocks):
+            seen = 0 if pool.window is None else max(0, int(first) - pool.window + 1) // block_size
+            if pool.recent:  # of what is seen, the first block and those of the step's own tokens
+                read = [*table[seen:1], *table[max(seen, int(first) // block_size) : end]]
+            else:
+                read = table[seen:end]
+            if not _within(np.asarray(read), blocks):
                 raise RequestError(f"block_tables name a block outside the pool of {blocks}")
 
 

@@ -67,7 +67,12 @@ class SymbolicWeights(Mapping[str, Value]):
 
 
 def symbolic_inputs(tracer: Tracer, kv_groups: int) -> StepInputs[Value]:
-    """The arrays of a step as symbols: T tokens, S sequences (S1 = S + 1), R rows of logits, M blocks."""
+    """The arrays of a step as symbols: T tokens, S sequences (S1 = S + 1), R rows of logits, M blocks.
+
+    Args:
+        tracer: what makes the symbols.
+        kv_groups: pools of the KV cache: one per KV group, two where it is sealed.
+    """
 
     def symbol(name: str, *shape: str) -> Value:
         return tracer.symbol(name, "input", shape)

@@ -3,13 +3,22 @@
 Most encodings here are *block* encodings: a row of a tensor is cut into blocks of 32 or 256 consecutive
 weights, and each block stores small integers beside one or more scales. ``encodings`` names them and gives
 their sizes; each family's bytes are specified, in a table and in NumPy, in its own module: ``plain``,
-``classic``, ``k_quants``, ``iq4`` and ``mxfp4``.
+``classic``, ``k_quants``, ``iq4`` and ``mxfp4``; ``sealed_kv`` has the formats of keys and values in a cache.
 """
 
 from __future__ import annotations
 
 from refengine.quantizer.decode import decode
 from refengine.quantizer.encodings import ENCODINGS, Encoding, encoding
+from refengine.quantizer.sealed_kv import SEALED_KEYS, SEALED_VALUES
 from refengine.quantizer.tensor import LazyTensor
 
-__all__ = ["ENCODINGS", "Encoding", "LazyTensor", "decode", "encoding"]
+__all__ = [
+    "ENCODINGS",
+    "SEALED_KEYS",
+    "SEALED_VALUES",
+    "Encoding",
+    "LazyTensor",
+    "decode",
+    "encoding",
+]

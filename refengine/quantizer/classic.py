@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from refengine.quantizer.fields import add, multiply, nibbles, whole
 from refengine.quantizer.scales import float16
 
 
@@ -30,10 +31,8 @@ def q4_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-3.
     """
-    d, nibbles = float16(blocks[:, 0:2]), blocks[:, 2:18]
-    weights[:, :16] = (nibbles & 15).view(np.int8) - 8
-    weights[:, 16:] = (nibbles >> 4).view(np.int8) - 8
-    weights *= d
+    weights[...] = nibbles(blocks[:, 2:18]).view(np.int8) - 8
+    multiply(weights, float16(blocks[:, 0:2]))
 
 
 def q4_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -49,11 +48,9 @@ def q4_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-4.
     """
-    d, m, nibbles = float16(blocks[:, 0:2]), float16(blocks[:, 2:4]), blocks[:, 4:20]
-    weights[:, :16] = nibbles & 15
-    weights[:, 16:] = nibbles >> 4
-    weights *= d
-    weights += m
+    weights[...] = nibbles(blocks[:, 4:20])
+    multiply(weights, float16(blocks[:, 0:2]))
+    add(weights, float16(blocks[:, 2:4]))
 
 
 def q5_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -69,11 +66,10 @@ def q5_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-5.
     """
-    d, nibbles = float16(blocks[:, 0:2]), blocks[:, 6:22]
-    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little") << 4
-    weights[:, :16] = ((nibbles & 15) | fifth[:, :16]).view(np.int8) - 16
-    weights[:, 16:] = ((nibbles >> 4) | fifth[:, 16:]).view(np.int8) - 16
-    weights *= d
+    quants = nibbles(blocks[:, 6:22])
+    quants |= _bits(blocks[:, 2:6]) << 4
+    weights[...] = quants.view(np.int8) - 16
+    multiply(weights, float16(blocks[:, 0:2]))
 
 
 def q5_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -90,12 +86,11 @@ def q5_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-5.
     """
-    d, m, nibbles = float16(blocks[:, 0:2]), float16(blocks[:, 2:4]), blocks[:, 8:24]
-    fifth = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4
-    weights[:, :16] = (nibbles & 15) | fifth[:, :16]
-    weights[:, 16:] = (nibbles >> 4) | fifth[:, 16:]
-    weights *= d
-    weights += m
+    quants = nibbles(blocks[:, 8:24])
+    quants |= _bits(blocks[:, 4:8]) << 4
+    weights[...] = quants
+    multiply(weights, float16(blocks[:, 0:2]))
+    add(weights, float16(blocks[:, 2:4]))
 
 
 def q8_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -110,5 +105,10 @@ def q8_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-6.
     """
-    weights[...] = blocks[:, 2:34].view(np.int8)
-    weights *= float16(blocks[:, 0:2])
+    weights[...] = whole(blocks[:, 2:34]).view(np.int8)
+    multiply(weights, float16(blocks[:, 0:2]))
+
+
+def _bits(field: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The bits of four bytes, the lowest first: [n, 4] -> [n, 32]."""
+    return np.unpackbits(whole(field), bitorder="little").reshape(-1, 32)

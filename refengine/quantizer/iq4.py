@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from refengine.quantizer.fields import fields, multiply, nibbles, whole
 from refengine.quantizer.scales import float16
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -31,10 +32,8 @@ def iq4_nl(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-12.
     """
-    levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 2:18]
-    weights[:, :16] = levels[nibbles & 15]
-    weights[:, 16:] = levels[nibbles >> 4]
-    weights *= float16(blocks[:, 0:2])
+    np.take(np.array(LEVELS, np.float32), nibbles(blocks[:, 2:18]), out=weights, mode="clip")
+    multiply(weights, float16(blocks[:, 0:2]))
 
 
 def iq4_xs(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -52,13 +51,11 @@ def iq4_xs(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-12.
     """
-    levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 8:136].reshape(-1, 8, 16)
-    groups = weights.reshape(-1, 8, 32)
-    groups[:, :, :16] = levels[nibbles & 15]
-    groups[:, :, 16:] = levels[nibbles >> 4]
+    quants = fields(whole(blocks[:, 8:136]).reshape(-1, 8, 16), bits=4).reshape(-1, 256)
+    np.take(np.array(LEVELS, np.float32), quants, out=weights, mode="clip")
 
     group = np.arange(8, dtype=np.uint8)
     low = (blocks[:, 4:8].repeat(2, axis=1) >> (group % 2 * 4)) & 15
     high = (blocks[:, 2:4].repeat(4, axis=1) >> (group % 4 * 2)) & 3
     scales = (low | (high << 4)).view(np.int8) - 32
-    groups *= (float16(blocks[:, 0:2]) * scales)[..., None]
+    multiply(weights, float16(blocks[:, 0:2]) * scales)

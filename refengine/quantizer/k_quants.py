@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from refengine.quantizer.fields import fields, multiply, subtract, whole
 from refengine.quantizer.scales import float16
 
 
@@ -36,8 +37,9 @@ def q2_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     """
     d, dmin = float16(blocks[:, 80:82]), float16(blocks[:, 82:84])
     scales, minima = blocks[:, 0:16] & 15, blocks[:, 0:16] >> 4
-    weights.reshape(-1, 2, 4, 32)[...] = _fields(blocks[:, 16:80].reshape(-1, 2, 32), bits=2)
-    _scale(weights, d * scales, dmin * minima)
+    weights.reshape(-1, 2, 4, 32)[...] = fields(whole(blocks[:, 16:80]).reshape(-1, 2, 32), bits=2)
+    multiply(weights, d * scales)
+    subtract(weights, dmin * minima)
 
 
 def q3_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -56,12 +58,12 @@ def q3_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     Clauses: ENC-8.
     """
     d = float16(blocks[:, 108:110])
-    scales = _fields(blocks[:, 96:104], bits=4).reshape(-1, 16)
-    scales |= _fields(blocks[:, 104:108], bits=2).reshape(-1, 16) << 4
-    quants = _fields(blocks[:, 32:96].reshape(-1, 2, 32), bits=2).reshape(-1, 8, 32)
-    quants |= _fields(blocks[:, 0:32], bits=1) << 2
+    scales = fields(whole(blocks[:, 96:104]), bits=4).reshape(-1, 16)
+    scales |= fields(whole(blocks[:, 104:108]), bits=2).reshape(-1, 16) << 4
+    quants = fields(whole(blocks[:, 32:96]).reshape(-1, 2, 32), bits=2).reshape(-1, 8, 32)
+    quants |= fields(whole(blocks[:, 0:32]), bits=1) << 2
     weights.reshape(-1, 8, 32)[...] = quants.view(np.int8) - 4
-    _scale(weights, d * (scales.view(np.int8) - 32))
+    multiply(weights, d * (scales.view(np.int8) - 32))
 
 
 def q4_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -80,8 +82,9 @@ def q4_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     """
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
-    weights.reshape(-1, 4, 2, 32)[...] = _fields(blocks[:, 16:144].reshape(-1, 4, 32), bits=4)
-    _scale(weights, d * scales, dmin * minima)
+    weights.reshape(-1, 4, 2, 32)[...] = fields(whole(blocks[:, 16:144]).reshape(-1, 4, 32), bits=4)
+    multiply(weights, d * scales)
+    subtract(weights, dmin * minima)
 
 
 def q5_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -101,10 +104,11 @@ def q5_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     """
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
-    quants = _fields(blocks[:, 48:176].reshape(-1, 4, 32), bits=4).reshape(-1, 8, 32)
-    quants |= _fields(blocks[:, 16:48], bits=1) << 4
+    quants = fields(whole(blocks[:, 48:176]).reshape(-1, 4, 32), bits=4).reshape(-1, 8, 32)
+    quants |= fields(whole(blocks[:, 16:48]), bits=1) << 4
     weights.reshape(-1, 8, 32)[...] = quants
-    _scale(weights, d * scales, dmin * minima)
+    multiply(weights, d * scales)
+    subtract(weights, dmin * minima)
 
 
 def q6_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -122,16 +126,10 @@ def q6_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
     Clauses: ENC-11.
     """
     d, scales = float16(blocks[:, 208:210]), blocks[:, 192:208].view(np.int8)
-    quants = _fields(blocks[:, 0:128].reshape(-1, 2, 64), bits=4).reshape(-1, 8, 32)
-    quants |= _fields(blocks[:, 128:192].reshape(-1, 2, 32), bits=2).reshape(-1, 8, 32) << 4
+    quants = fields(whole(blocks[:, 0:128]).reshape(-1, 2, 64), bits=4).reshape(-1, 8, 32)
+    quants |= fields(whole(blocks[:, 128:192]).reshape(-1, 2, 32), bits=2).reshape(-1, 8, 32) << 4
     weights.reshape(-1, 8, 32)[...] = quants.view(np.int8) - 32
-    _scale(weights, d * scales)
-
-
-def _fields(run: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The bit fields of a run of bytes, the lowest field first: [..., bytes] -> [..., 8 // bits, bytes]."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (run[..., None, :] >> shifts[:, None]) & np.uint8((1 << bits) - 1)
+    multiply(weights, d * scales)
 
 
 def _six_bit_pairs(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -150,13 +148,3 @@ def _six_bit_pairs(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArra
     scales = np.concatenate([s & 63, (low & 15) | (s >> 6 << 4)], axis=1)
     minima = np.concatenate([m & 63, (low >> 4) | (m >> 6 << 4)], axis=1)
     return scales, minima
-
-
-def _scale(
-    weights: NDArray[np.float32], scales: NDArray[np.float32], minima: NDArray[np.float32] | None = None
-) -> None:
-    """Multiply each group of ``weights`` [n, 256] by its scale [n, groups], then subtract its minimum."""
-    groups = weights.reshape(*scales.shape, 256 // scales.shape[1])
-    groups *= scales[..., None]
-    if minima is not None:
-        groups -= minima[..., None]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from refengine.quantizer.fields import multiply, nibbles
+
 LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the value of each E2M1 code (1 sign, 2 exponent and 1 fraction bit), so that all are integers."""
 
@@ -29,7 +31,5 @@ def mxfp4(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-13.
     """
-    levels, nibbles = np.array(LEVELS, np.int8), blocks[:, 1:17]
-    weights[:, :16] = levels[nibbles & 15]
-    weights[:, 16:] = levels[nibbles >> 4]
-    weights *= np.ldexp(np.float32(1), blocks[:, 0:1].astype(np.int32) - 128)
+    np.take(np.array(LEVELS, np.float32), nibbles(blocks[:, 1:17]), out=weights, mode="clip")
+    multiply(weights, np.ldexp(np.float32(1), blocks[:, 0:1].astype(np.int32) - 128))

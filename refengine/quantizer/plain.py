@@ -7,6 +7,8 @@ Sources: IEEE 754-2019 for binary32 and binary16; bfloat16 is the upper half of 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +26,15 @@ def f16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-2.
     """
-    weights[...] = blocks.view("<f2")
+    np.take(_binary16(), blocks.view("<u2"), out=weights, mode="clip")
+
+
+@cache
+def _binary16() -> NDArray[np.float32]:
+    """Every binary16 number, by its bits: a table is faster than NumPy's conversion."""
+    table = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    table.flags.writeable = False
+    return table
 
 
 def bf16(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:

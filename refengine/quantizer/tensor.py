@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refengine.quantizer.decode import decode
 from refengine.quantizer.encodings import encoding
+from refengine.quantizer.mapping import Pages
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +55,11 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes as stored."""
         return self.data.nbytes
+
+    @cached_property
+    def pages(self) -> Pages:
+        """The pages of the mapped file beneath ``data``."""
+        return Pages(self.data)
 
     def decode(self) -> NDArray[np.float32]:
         """The whole tensor, float32 ``shape``: a new array."""

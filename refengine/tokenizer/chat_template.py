@@ -1,7 +1,7 @@
 """Chat templates: a conversation to the prompt its model was trained on.
 
 A template comes with the model file, from whoever made it, and Jinja's sandbox bounds neither time nor
-memory. So each rendering runs in a process of its own (`refengine.tokenizer.chat_template_worker`), which
+memory. So rendering runs in a process of its own (`refengine.tokenizer.chat_template_worker`), which
 gets nothing but data, can open no file, has an address-space limit where the platform knows one, and is
 killed at a deadline.
 
@@ -85,7 +85,40 @@ class ChatTemplate:
         check_messages(messages)
         if taken := sorted(RESERVED & extra.keys()):
             raise RequestError(f"{', '.join(taken)} cannot be set for a chat template: the name is reserved")
-        variables = extra | {
+        (reply,) = self._replies([self._variables(messages, add_generation_prompt, extra)])
+        return _text(reply)
+
+    def render_many(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | TemplateError]:
+        """What ``render`` gives for each of several conversations, or raises, in about the time of one.
+
+        They share a process. What fails there is rendered again in one of its own, since others may have used
+        up its time or its memory.
+
+        Raises:
+            RequestError: a message is malformed.
+        """
+        for messages in conversations:
+            check_messages(messages)
+        try:
+            replies = self._replies([self._variables(messages, True, {}) for messages in conversations])
+        except TemplateError:
+            replies = [{} for _ in conversations]
+        return [
+            reply["text"] if "text" in reply else self._attempt(messages)
+            for messages, reply in zip(conversations, replies, strict=True)
+        ]
+
+    def _attempt(self, messages: Sequence[Mapping[str, Any]]) -> str | TemplateError:
+        try:
+            return self.render(messages)
+        except TemplateError as error:
+            return error
+
+    def _variables(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, extra: Mapping[str, object]
+    ) -> dict[str, object]:
+        return {
+            **extra,
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
@@ -93,6 +126,9 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
+
+    def _replies(self, variables: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
+        """The worker's replies for several sets of variables."""
         request = {
             "path": [str(entry) for entry in sys.path],
             "source": self.source,
@@ -136,7 +172,13 @@ def _is_text_part(part: object) -> bool:
     )
 
 
-def _run(request: str, deadline: float) -> str:
+def _text(reply: Mapping[str, str]) -> str:
+    if "error" in reply:
+        raise TemplateError(f"the chat template failed: {reply['error']}")
+    return reply["text"]
+
+
+def _run(request: str, deadline: float) -> list[dict[str, str]]:
     """Renders in a process of its own, which is gone when this returns or raises, Ctrl-C included."""
     try:
         # -I: nothing from the working directory or the environment; the request brings this process's path.
@@ -147,12 +189,10 @@ def _run(request: str, deadline: float) -> str:
     except OSError as error:
         raise TemplateError(f"the process for the chat template cannot be started: {error}") from error
     try:
-        reply: dict[str, str] = json.loads(worker.stdout)
+        replies: list[dict[str, str]] = json.loads(worker.stdout)
     except ValueError:
         last_words = worker.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise TemplateError(
             f"the process for the chat template broke off with status {worker.returncode}: {last_words}"
         ) from None
-    if "error" in reply:
-        raise TemplateError(f"the chat template failed: {reply['error']}")
-    return reply["text"]
+    return replies

@@ -1,4 +1,4 @@
-"""Renders one chat template, in the process that `refengine.tokenizer.chat_template` starts for it."""
+"""Renders a chat template, in the process that `refengine.tokenizer.chat_template` starts for it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def main(request: dict[str, Any]) -> None:
-    """Writes ``{"text": ...}`` or ``{"error": ...}`` to standard output."""
+    """Writes a list to standard output: ``{"text": ...}`` or ``{"error": ...}`` for each of "variables"."""
     codecs.lookup("unicode-escape")  # as jinja2.debug above: loaded now, since no file can be opened later
+    limit_process(request["address_space_bytes"], request["seconds"])
+    sys.stdout.write(f"[{','.join(reply(request, variables) for variables in request['variables'])}]")
+
+
+def reply(request: dict[str, Any], variables: dict[str, Any]) -> str:
+    """What to write of one rendering, as JSON."""
     try:
-        limit_process(request["address_space_bytes"], request["seconds"])
         text = render(
             request["source"],
-            request["variables"],
+            variables,
             now=datetime.fromisoformat(request["now"]),
             max_output_characters=request["max_output_characters"],
         )
-        reply = json.dumps({"text": text})
+        return json.dumps({"text": text})
     except jinja2.TemplateSyntaxError as error:
-        reply = json.dumps({"error": f"{error.message} (line {error.lineno})"})
+        return json.dumps({"error": f"{error.message} (line {error.lineno})"})
     except jinja2.TemplateError as error:
-        reply = json.dumps({"error": str(error)})
+        return json.dumps({"error": str(error)})
     except MemoryError:
-        reply = json.dumps({"error": f"it needs more than {request['address_space_bytes']} bytes of memory"})
+        return json.dumps({"error": f"it needs more than {request['address_space_bytes']} bytes of memory"})
     except Exception as error:
-        reply = json.dumps({"error": f"{type(error).__name__}: {error}"})
-    sys.stdout.write(reply)
+        return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
 
 def limit_process(address_space_bytes: int, seconds: float) -> None:

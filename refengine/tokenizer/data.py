@@ -149,11 +149,11 @@ def read_tokenizer_data(metadata: Metadata) -> TokenizerData:
 
     return TokenizerData(
         model=model,
-        tokens=tokens,
+        tokens=metadata.strings("tokenizer.ggml.tokens"),  # in the file: no Python strings are kept
         types=types,
         text_ids=text_ids,
         scores=_scores(metadata, len(tokens)) if sentencepiece else (),
-        merges=() if sentencepiece else _merges(metadata, text_ids),
+        merges=() if sentencepiece else _merges(metadata, tokens, text_ids),
         pre_tokenizer=pre,
         bos_id=special["bos"],
         eos_id=special["eos"],
@@ -239,7 +239,8 @@ def _scores(metadata: Metadata, n_tokens: int) -> Sequence[float]:
     return scores
 
 
-def _merges(metadata: Metadata, ids: Mapping[str, int]) -> Sequence[tuple[str, str]]:
+def _merges(metadata: Metadata, tokens: Sequence[str], ids: Mapping[str, int]) -> Sequence[tuple[str, str]]:
+    """Pairs of the tokens themselves: texts of their own would take more memory than all the rest."""
     key = "tokenizer.ggml.merges"
     pairs = dict[tuple[str, str], None]()  # of two equal merges, the first counts
     for index, merge in enumerate(metadata.strings(key)):
@@ -250,7 +251,7 @@ def _merges(metadata: Metadata, ids: Mapping[str, int]) -> Sequence[tuple[str, s
                 f"has {merge!r} as merge {index}, not two tokens with a space between them whose union is a "
                 "token (all of them normal or user-defined)",
             )
-        pairs[first, second] = None
+        pairs[tokens[ids[first]], tokens[ids[second]]] = None
     return list(pairs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from refengine.errors import RequestError, TokenIdError
@@ -45,6 +45,7 @@ class Tokenizer:
         bos_token, eos_token: their texts, as chat templates write them; empty for ``None``.
         end_ids: every id that ends generation: end of text, of turn, of message.
         chat_template: source of the model's Jinja chat template, or ``None``.
+        control_names: the texts that ``encode`` reads as control tokens where ``parse_special`` says so.
     """
 
     def __init__(self, data: TokenizerData) -> None:
@@ -61,9 +62,13 @@ class Tokenizer:
         self._model: TextModel = ByteLevelBPE(data) if data.model == "gpt2" else SentencePiece(data)
         kept = data.ids_of_type(TokenType.USER_DEFINED)
         self._kept = SpecialTokens(kept)
-        self._special = SpecialTokens(kept | data.ids_of_type(TokenType.CONTROL, TokenType.UNKNOWN))
+        control = data.ids_of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+        self._special = SpecialTokens(kept | control)
+        self.control_names = frozenset(control)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False, mark: str = ""
+    ) -> list[int]:
         """The token ids of ``text``.
 
         Args:
@@ -71,6 +76,8 @@ class Tokenizer:
             add_special: begin with BOS and end with EOS, where the model's metadata says so.
             parse_special: read the text of a control token, such as ``<|im_start|>``, as that token. Without
                 it, and so for what users write, such text is text like any other.
+            mark: a character that is not part of the text: where it stands in the name of a control token,
+                the name is text.
 
         Raises:
             RequestError: the text holds a lone surrogate, or a character the vocabulary cannot express.
@@ -78,13 +85,22 @@ class Tokenizer:
         _check_encodable(text)
         ids = self._first.copy() if add_special else []
         after_special = True
-        for piece in (self._special if parse_special else self._kept).split(text):
+        pieces = (self._special if parse_special else self._kept).split(text)
+        for piece in self._unmarked(pieces, mark) if mark else pieces:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
                 ids += self._model.encode(f" {piece}" if self._add_space_prefix and after_special else piece)
             after_special = isinstance(piece, int)
         return ids + self._last if add_special else ids
+
+    def _unmarked(self, pieces: Iterable[str | int], mark: str) -> Iterator[str | int]:
+        """The pieces without marks; what marks have kept apart is text and user-defined tokens."""
+        for piece in pieces:
+            if isinstance(piece, int):
+                yield piece
+            else:
+                yield from self._kept.split(piece.replace(mark, ""))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False, continuation: bool = False) -> str:
         """The text of ``ids``, with U+FFFD for bytes that are not UTF-8.

@@ -50,6 +50,8 @@ def test_the_exit_code_is_the_class_s(
     """Each class of the tree has the exit code that its docstring draws, and its text on stderr."""
     if issubclass(kind, errors.BackendError):
         error: errors.RefengineError = kind(state="a", available="b", why="c", mend="d")
+    elif issubclass(kind, errors.MemoryLimitError):
+        error = kind(MESSAGE, needed=1)
     else:
         error = kind(MESSAGE)
     drawn = re.search(rf"\b{kind.__name__} +(?:exit code|(\d+))", errors.__doc__ or "")

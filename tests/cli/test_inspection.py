@@ -193,7 +193,7 @@ def test_program_prints_instructions_and_counts(run: Run) -> None:
 
 
 def test_program_plans_the_arena(run: Run) -> None:
-    """With --plan every value of T tokens has its place: as long as T rows of float32, inside the arena."""
+    """With --plan values and working memory have their places: T rows of float32 are as long, and all fill the arena."""
     output = run("program", "alphabet.gguf", "--plan", "64").stdout
     arena = re.search(r"^arena: ([\d,]+) bytes", output, re.MULTILINE)
     assert arena
@@ -203,6 +203,9 @@ def test_program_plans_the_arena(run: Run) -> None:
     for offset, length, row in places:
         assert integer(length) == 64 * np.prod([int(size) for size in row.split(", ")]) * 4
         ends.append(integer(offset) + integer(length))
+    working = re.findall(r"  with ([\d,]+) bytes at ([\d,]+)$", output, re.MULTILINE)
+    assert working
+    ends += [integer(offset) + integer(length) for length, offset in working]
     assert max(ends) == integer(arena[1])
 
 

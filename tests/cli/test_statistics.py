@@ -10,6 +10,7 @@ import pytest
 from refengine.cli.answer import Answer
 from refengine.cli.loading import EngineOptions
 from refengine.cli.statistics import peak_rss_bytes, statistics_of
+from refengine.config import EngineConfig
 from refengine.sampling import Sampled
 
 
@@ -18,7 +19,7 @@ def test_rates_are_tokens_over_their_own_time() -> None:
     answer = Answer([1, 2, 3, 4])
     answer.sampled = [Sampled(token, -1.0) for token in range(5)]
     answer.first_token_s, answer.decode_s = 0.5, 2.0
-    statistics = statistics_of(answer, 3.0)
+    statistics = statistics_of([answer], 3.0)
     assert (statistics.prompt_tokens, statistics.generated_tokens) == (4, 5)
     assert (statistics.load_s, statistics.first_token_s) == (3.0, 0.5)
     assert (statistics.prefill_tokens_per_s, statistics.decode_tokens_per_s) == (8.0, 2.0)
@@ -27,9 +28,9 @@ def test_rates_are_tokens_over_their_own_time() -> None:
 def test_a_rate_of_nothing_is_none() -> None:
     """One token has no decode rate, and no token has no rate at all."""
     answer = Answer([1])
-    assert statistics_of(answer, 0.0).prefill_tokens_per_s is None
+    assert statistics_of([answer], 0.0).prefill_tokens_per_s is None
     answer.sampled, answer.first_token_s = [Sampled(0, -1.0)], 0.5
-    assert statistics_of(answer, 0.0).decode_tokens_per_s is None
+    assert statistics_of([answer], 0.0).decode_tokens_per_s is None
 
 
 def test_a_download_is_no_loading(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,7 @@ def test_a_download_is_no_loading(models: Path, monkeypatch: pytest.MonkeyPatch)
         return models / "alphabet.gguf"
 
     monkeypatch.setattr("refengine.cli.loading.fetch", fetch)
-    _, load_s = EngineOptions("numpy", "float32", None, offline=True).load("alphabet")
+    _, load_s = EngineOptions("numpy", EngineConfig(), offline=True).load("alphabet")
     assert load_s == 1
 
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refengine.errors import DownloadError, IntegrityError
-from refengine.loader.download import RETRY_DELAYS_S, QuietProgress, download
+from refengine.loader.download import RETRY_DELAYS_S, download
+from refengine.loader.progress import QuietProgress
 
 BODY = random.Random(1).randbytes(300_000)  # several chunks
 SHA256 = hashlib.sha256(BODY).hexdigest()

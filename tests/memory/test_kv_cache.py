@@ -10,8 +10,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from refengine.errors import BlockStateError, OutOfBlocksError
-from refengine.memory import RELEASED, BlockAllocator, BlockTable, KVCacheManager, KVGroupLayout, KVLayout
+from refengine.errors import BlockStateError, OutOfBlocksError, SequenceStateError
+from refengine.memory import (
+    RELEASED,
+    BlockAllocator,
+    BlockCopy,
+    BlockTable,
+    KVCacheManager,
+    KVGroupLayout,
+    KVLayout,
+    PrefixCache,
+    SequenceUse,
+    pool_use,
+    sequence_use,
+    verify,
+)
 
 
 def layout(*groups: tuple[int | None, int], block_size: int = 4) -> KVLayout:
@@ -84,10 +97,104 @@ def test_a_window_gives_back_the_blocks_it_has_passed() -> None:
 
 
 def test_sizes_in_bytes() -> None:
-    """A block holds keys and values of all its group's layers: 2 · heads · size · positions · 4 bytes."""
-    made = layout((None, 8), (5, 2))
+    """A block holds keys and values of its layers, 2 · heads · size · positions · 4 bytes; pools are whole pages."""
+    made = layout((None, 9), (5, 2))
     assert made.block_bytes(0) == 2 * 2 * 8 * 4 * 4
-    assert made.nbytes == 10 * made.block_bytes(0)
+    assert made.segment_blocks(0) == 8
+    assert made.nbytes == (16 + 8) * made.block_bytes(0)
+
+
+def test_a_recent_table_keeps_the_first_block_while_its_window_sees_it() -> None:
+    """Behind a window of 6, position 9 sees 4 to 9: the first block of 4 goes, and that of position 9 stays."""
+    allocator = BlockAllocator(8)
+    table = BlockTable(allocator, block_size=4, window=6, recent=True)
+    table.grow(12)
+    table.release_passed(8)  # sees 3 to 8
+    assert table.blocks.tolist() == [0, RELEASED, 2]
+    table.release_passed(9)
+    assert table.blocks.tolist() == [RELEASED, RELEASED, 2]
+    table.release_all()
+    assert allocator.num_free == 8
+
+
+def test_positions_written_again_are_the_writers_own() -> None:
+    """A sequence that goes back, as after rejected guesses, writes to no block that it has published."""
+    manager = KVCacheManager(layout((None, 12)), PrefixCache())
+    manager.grow("a", 8)
+    manager.publish("a", range(8), "", 8)
+    manager.release_passed("a", 8)
+    manager.release_passed("a", 6)
+    assert manager.missing("a", 8) == (1,)
+    manager.grow("a", 8)
+    assert manager.tables("a")[0].blocks.tolist() == [0, 2]
+    assert manager.take_copies() == [BlockCopy(0, 1, 2)]
+    verify(manager)
+    manager.publish("a", [0, 1, 2, 3, 4, 5, 9, 9], "", 8)
+    verify(manager, {"a": [0, 1, 2, 3, 4, 5, 9, 9]})
+
+
+def test_the_whole_pool_can_be_had_again_after_a_refusal() -> None:
+    """A sequence that was refused its first block leaves no sequence behind."""
+    manager = KVCacheManager(layout((None, 2)))
+    with pytest.raises(OutOfBlocksError):
+        manager.grow("a", 9)
+    assert manager.sequences == ()
+    with pytest.raises(SequenceStateError, match="'a' holds no blocks"):
+        manager.fork("a", "b")
+    manager.grow("b", 8)
+
+
+def test_reclaimable_blocks_are_those_that_nobody_else_holds() -> None:
+    """Of two that share a block, each alone would give back its own; both together the shared one too."""
+    manager = KVCacheManager(layout((None, 12)))
+    manager.grow("a", 4)
+    manager.release_passed("a", 4)
+    manager.fork("a", "b")
+    manager.grow("b", 12)
+    assert manager.reclaimable(["a"]) == (0,)
+    assert manager.reclaimable(["b"]) == (2,)
+    assert manager.reclaimable(["a", "b"]) == (3,)
+
+
+def test_what_became_free_is_told_once_and_where_its_memory_stays() -> None:
+    """Blocks of segments that nobody uses any more are not told: their memory goes back."""
+    manager = KVCacheManager(layout((None, 40)))  # segments of 8 blocks
+    manager.grow("a", 4)
+    manager.grow("b", 36)
+    manager.release("b")
+    assert manager.take_freed() == [(0, block) for block in range(1, 8)]
+    assert manager.take_freed() == []
+    assert manager.take_segment_changes() == ([(0, 0)], [])
+
+
+def test_waste_of_a_mixed_load_is_below_four_percent() -> None:
+    """64 sequences of 100 to 2,000 tokens in blocks of 16, a pool that keeps all and a window of 512."""
+    numbers = np.random.default_rng(0)
+    groups = tuple(KVGroupLayout(window, ((0, 2, 64),), 9000) for window in (None, 512))
+    manager = KVCacheManager(KVLayout(16, np.dtype(np.float16), groups))
+    for sequence, length in enumerate(numbers.integers(100, 2001, 64).tolist()):
+        manager.grow(sequence, length)
+        manager.release_passed(sequence, length)
+    for pool in range(2):
+        use = pool_use(manager, pool)
+        assert use.waste < 0.04
+        assert use.waste == pytest.approx(use.unwritten / (use.used * 16))
+    assert pool_use(manager, 0).fragmentation < 0.01  # a last segment's blocks, at most
+
+
+def test_use_counts_shared_blocks_once_and_names_them() -> None:
+    """Two sequences with a common block: 3 blocks, of which each holds 2, one of them shared."""
+    manager = KVCacheManager(layout((None, 12)))
+    manager.grow("a", 8)
+    manager.release_passed("a", 7)
+    manager.fork("a", "b")
+    manager.grow("b", 8)
+    manager.take_copies()
+    use, nbytes = pool_use(manager, 0), manager.layout.block_bytes(0)
+    assert (use.used, use.shared, use.references, use.idle, use.nbytes) == (3, 1, 4, 0, 3 * nbytes)
+    assert use.sharing == 4 / 3
+    assert sequence_use(manager, "b") == SequenceUse((2,), (1,), nbytes, nbytes)
+    assert use.fragmentation == 1 - 3 / 8
 
 
 class CacheMachine(RuleBasedStateMachine):

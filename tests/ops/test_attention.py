@@ -56,7 +56,8 @@ def naive(
     """Causal attention of all queries, one at a time in float64, and a bound on a float32 result's error.
 
     A score errs by (D + 4)·u·Σ|scale·q·k| =: e (the cap's tanh adds 4u of the score and no more); each weight
-    then by a factor within 1 ± (e + 4u); the sums over n keys add (n + 2)·u. Numerator and denominator both.
+    then by a factor within 1 ± (e + 4u); the sums over n keys add (n + 2)·u. For every tile of keys, a larger
+    maximum may shrink the sums: an exponential and a product, 10·u. Numerator and denominator both.
     """
     y, bound = np.zeros(q.shape), np.zeros(q.shape)
     group = q.shape[1] // k.shape[1]
@@ -72,7 +73,8 @@ def naive(
             weight = np.exp(score - score.max())
             weight /= weight.sum()
             y[t, h] = weight @ values
-            relative = 2 * (2 * error + 8 * U * (1 + np.ptp(score)) + (len(keys) + 4) * U)
+            rounded = len(keys) + 4 + 10 * (t // KEY_TILE - first // KEY_TILE)
+            relative = 2 * (2 * error + 8 * U * (1 + np.ptp(score)) + rounded * U)
             bound[t, h] = relative * (weight @ np.abs(values))
     return y, bound
 
@@ -108,6 +110,53 @@ def test_attention_is_softmax_over_what_each_query_sees(
     for s, start in enumerate(starts[:-1]):
         expected, bound = naive(q[s], k[s], v[s], scale, window, cap)
         assert (np.abs(y[start : start + contexts[s]] - expected) <= bound).all()
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (250, None), (None, 2.0)])
+@pytest.mark.parametrize("trend", [0.0, 0.02, -0.02])
+def test_sums_over_several_tiles_are_right(window: int | None, cap: float | None, trend: float) -> None:
+    """Where scores rise from tile to tile, what was summed shrinks; where they fall, it stays."""
+    lengths = (2 * KEY_TILE + 40, KEY_TILE)
+    case = Sequences(4, 2, 24, block_size=16, contexts=lengths)
+    q, k, v, cache, tables = case.build()
+    for s, length in enumerate(lengths):
+        q[s][..., 0] = 1
+        k[s][..., 0] = trend * np.arange(length, dtype=np.float32)[:, None] / 0.2
+        slots = tables[s, np.arange(length) // 16] * 16 + np.arange(length) % 16
+        ops.kv_write(cache, k[s], v[s], slots)
+    starts = np.cumsum([0, *lengths])
+    y = ops.attention(
+        np.concatenate(q), cache, tables, starts, np.array(lengths), scale=0.2, window=window, softcap=cap
+    )
+    for s, start in enumerate(starts[:-1]):
+        expected, bound = naive(q[s], k[s], v[s], 0.2, window, cap)
+        assert (np.abs(y[start : start + lengths[s]] - expected) <= bound).all()
+
+
+def test_a_cache_may_lie_in_strides() -> None:
+    """Blocks between which other memory lies give the bits of blocks side by side; that memory is not touched."""
+    case = Sequences(4, 2, 24, block_size=4, contexts=(30,))
+    q, k, v, cache, tables = case.build()
+    memory = np.full((len(cache.keys), 5, *cache.keys.shape[1:]), np.nan, np.float32)
+    strided = ops.LayerCache(memory[:, 1], memory[:, 3])
+    slots = tables[0, np.arange(30) // 4] * 4 + np.arange(30) % 4
+    assert ops.kv_write(strided, k[0], v[0], slots) is strided
+    arguments = (tables, np.array([0, 30]), np.array([30]))
+    expected = ops.attention(q[0], cache, *arguments, scale=0.3)
+    assert np.array_equal(ops.attention(q[0], strided, *arguments, scale=0.3), expected)
+    assert np.isnan(memory[:, [0, 2, 4]]).all()
+
+
+def test_keys_in_half_precision_are_read_as_they_are() -> None:
+    """A cache of another dtype gives what its numbers give in the queries' dtype."""
+    case = Sequences(4, 2, 24, block_size=4, contexts=(30,))
+    q, _, _, cache, tables = case.build()
+    half = ops.LayerCache(*(np.nan_to_num(array).astype(np.float16) for array in cache))
+    same = ops.LayerCache(*(array.astype(np.float32) for array in half))
+    arguments = (tables, np.array([0, 30]), np.array([30]))
+    y = ops.attention(q[0], half, *arguments, scale=0.3)
+    assert y.dtype == np.float32
+    assert np.array_equal(y, ops.attention(q[0], same, *arguments, scale=0.3))
 
 
 @pytest.mark.parametrize("window", [None, 7, 300])

@@ -11,7 +11,17 @@ from refengine.backend import load
 from refengine.memory import KVGroupLayout, KVLayout
 from refengine.models import Model, forward
 from refengine.ops import LayerCache, ShapeError
-from refengine.program import StepBatch, SymbolicWeights, Tracer, plan_memory, policy, symbolic_inputs
+from refengine.program import (
+    MemoryPlan,
+    Program,
+    StepBatch,
+    SymbolicWeights,
+    Tracer,
+    golden_workspace,
+    plan_memory,
+    policy,
+    symbolic_inputs,
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -77,10 +87,17 @@ def test_eager_and_traced_give_the_same_bits(model: Model, name: str, lengths: l
     assert np.array_equal(executable.run(batch), eager), "a second run differs"
 
 
+def planned(program: Program, sizes: dict[str, int]) -> MemoryPlan:
+    """The plan with the golden ops' working memory."""
+    chosen = policy("float32")
+    return plan_memory(program, chosen, sizes, lambda i, s: golden_workspace(i, s, chosen))
+
+
 def test_the_plan_never_lays_two_living_values_over_each_other(model: Model) -> None:
-    """Recounted from scratch: at every instruction, the places of all living values are apart."""
+    """Recounted from scratch: at every instruction, the places of all living values are apart, and apart from
+    the instruction's working memory."""
     program = model.program
-    plan = plan_memory(program, policy("float32"), {"T": 7, "S": 2, "R": 7})
+    plan = planned(program, {"T": 7, "S": 2, "R": 7})
     last_use: dict[int, int] = {}
     for at, instruction in enumerate(program):
         for operand in instruction.operands:
@@ -94,7 +111,13 @@ def test_the_plan_never_lays_two_living_values_over_each_other(model: Model) -> 
         ]
         if instruction.result.index in plan.placements:
             living.append(instruction.result)
+        working = plan.workspaces.get(at)
+        assert (working is None) == (instruction.op.workspace is None)
         for i, a in enumerate(living):
+            if working is not None:
+                place = plan.placements[a.index]
+                before = place.offset + place.nbytes <= working.offset
+                assert before or working.offset + working.nbytes <= place.offset, f"{a} at {at}"
             for b in living[:i]:
                 pa, pb = plan.placements[a.index], plan.placements[b.index]
                 apart = pa.offset + pa.nbytes <= pb.offset or pb.offset + pb.nbytes <= pa.offset
@@ -103,7 +126,25 @@ def test_the_plan_never_lays_two_living_values_over_each_other(model: Model) -> 
                     not apart
                 ):  # one memory: only a view or an operand overwritten by its last reader may share
                     assert _shares(program, a.index, b.index), f"{a} over {b} at {at}: {instruction}"
-    assert plan.arena_bytes == max(p.offset + p.nbytes for p in plan.placements.values())
+    places = [*plan.placements.values(), *plan.workspaces.values()]
+    assert plan.arena_bytes == max(p.offset + p.nbytes for p in places)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512])
+def test_the_arena_is_as_small_as_any_can_be(model: Model, tokens: int) -> None:
+    """No larger than what lives at one instruction, working memory included."""
+    plan = planned(model.program, {"T": tokens, "S": 1, "R": 1})
+    assert plan.arena_bytes == plan.least_bytes
+
+
+def test_the_least_bytes_are_those_of_the_fullest_moment() -> None:
+    """A value of 64 bytes and one of 128 live at once, and a third later, alone."""
+    tracer = Tracer()
+    table = tracer.symbol("table", "weight", (9, 16))
+    x = tracer.embedding(tracer.symbol("token_ids", "input", ("T",)), table)
+    y = tracer.linear(x, tracer.symbol("w", "weight", (32, 16)))
+    program = tracer.finish(tracer.scale(tracer.linear(y, tracer.symbol("v", "weight", (8, 32))), factor=2.0))
+    assert plan_memory(program, policy("float32"), {"T": 1}).least_bytes == 64 + 128
 
 
 def _shares(program: object, a: int, b: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import MappingProxyType
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from refengine.backend import MemoryUse
-from refengine.backend.interpreter import DecodedWeights, InterpretedProgram
+from refengine.backend.interpreter import InterpretedProgram
 from refengine.backend.numpy_backend import NumpyBackend
+from refengine.backend.weights import WeightPlan, Weights
 from refengine.ops import FloatArray, add, embedding, linear, scale
 from refengine.program import Policy, StepBatch
 from refengine.quantizer import LazyTensor
@@ -101,12 +103,14 @@ class _Promoting(NumpyBackend):
 class _HalfWeights(NumpyBackend):
     """That repacks every weight as float16."""
 
-    def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> DecodedWeights:
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> Weights:
         repacked = {
             name: LazyTensor(t.name, t.shape, "f16", t.decode().astype("<f2").view(np.uint8))
             for name, t in weights.items()
         }
-        return super().upload(repacked, policy)
+        return super().upload(repacked, policy, plan)
 
 
 class _Boasting(NumpyBackend):
@@ -131,7 +135,7 @@ class _Scratching(NumpyBackend):
 
     def memory(self) -> MemoryUse:
         use = super().memory()
-        return MemoryUse(use.weights, use.kv_cache, use.arena + 4096)
+        return replace(use, arena=use.arena + 4096)
 
 
 def _shuffling() -> Subject:

@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.backend.interpreter import DecodedWeights
 from refengine.backend.numpy_backend import NumpyBackend
+from refengine.backend.weights import WeightPlan
+from refengine.backend.weights import Weights as HeldWeights
 from refengine.program import Policy
 from refengine.quantizer import ENCODINGS, LazyTensor, decode
 from refengine_conformance.faults.fault import Fault
@@ -44,14 +45,16 @@ def _backend(encoding: str, wrong: Misreading) -> Callable[[], Subject]:
     class Suspect(NumpyBackend):
         name = "suspect"
 
-        def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> DecodedWeights:
+        def upload(
+            self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+        ) -> HeldWeights:
             decoded = {
                 role: LazyTensor(
                     t.name, t.shape, "f32", suspect(t.encoding, t.data).astype("<f4").view(np.uint8)
                 )
                 for role, t in weights.items()
             }
-            return super().upload(decoded, policy)
+            return super().upload(decoded, policy, plan)
 
     return partial(Subject, Suspect)
 

@@ -191,6 +191,10 @@ def _base_10000(arguments: dict[str, Any]) -> tuple[float, ...]:
     return tuple(10_000.0 ** (-i / dims) for i in range(0, dims, 2))
 
 
+def _from_the_first(positions: IndexArray) -> IndexArray:
+    return np.arange(len(positions)) + int(positions[0])
+
+
 def _single_angles(
     positions: IndexArray,
     *,
@@ -434,6 +438,12 @@ FAULTS: tuple[Fault, ...] = (
         "OPS-9",
         "The length of the cache was not added where a prompt is processed in chunks (as in mlx-lm#1457).",
         _table(positions=lambda arguments: np.arange(len(arguments["positions"]))),
+    ),
+    Fault(
+        "one offset for the whole batch",
+        "OPS-9",
+        "Positions go on from the first row's, whosever the rows behind it are (mlx-lm#1457).",
+        _table(positions=lambda arguments: _from_the_first(arguments["positions"])),
     ),
     Fault(
         "RoPE pairing swapped",

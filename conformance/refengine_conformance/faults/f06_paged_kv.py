@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ class _SharedAreLost(BlockAllocator):
     def release(self, block: int) -> bool:
         freed = super().release(block)
         if freed and block in self._shared:
-            self._free.remove(block)
+            self._returned.remove(block)
         return freed
 
 
@@ -46,16 +48,34 @@ class _SharesWithoutCounting(BlockAllocator):
 
 
 class _HighestFirst(BlockAllocator):
+    def allocate(self, count: int = 1) -> list[int]:
+        return super().allocate(count)[::-1]
+
+
+class _LastReturnedFirst(BlockAllocator):
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
-        self._free.reverse()
+        self._came_back: list[int] = []
+
+    def release(self, block: int) -> bool:
+        freed = super().release(block)
+        if freed:
+            self._came_back.append(block)
+        return freed
+
+    def _take(self) -> int:
+        if self._returned:  # a heap's first is taken, whatever it is
+            last = self._came_back.pop()
+            self._returned.remove(last)
+            self._returned.insert(0, last)
+        return super()._take()
 
 
 class _HandsOutAgain(BlockAllocator):
     def allocate(self, count: int = 1) -> list[int]:
         blocks = super().allocate(count)
         if count > 2:
-            self._free.append(blocks[-1])
+            self._returned.append(blocks[-1])
         return blocks
 
 
@@ -71,41 +91,28 @@ class _TakesWhatThereIs(BlockAllocator):
 class _ReleasesTwice(BlockAllocator):
     def release(self, block: int) -> bool:
         if self.references(block) == 0:
-            self._free.append(block)
+            self._returned.append(block)
             return True
         return super().release(block)
 
 
 class _CountsBeforeItLooks(BlockAllocator):
     def release(self, block: int) -> bool:
-        if self.references(block) == 0:
+        if self.references(block) == 0 and block < len(self._references):
             self._references[block] -= 1
         return super().release(block)
 
 
 class _SharesTheFree(BlockAllocator):
     def share(self, block: int) -> None:
-        self._references[self._checked(block)] += 1
+        self._check(block)
+        if block < len(self._references):
+            self._references[block] += 1
 
 
 class _CountsFromTheEnd(BlockAllocator):
-    def _checked(self, block: int) -> int:
-        return super()._checked(block if block >= 0 else block + self.num_blocks)
-
-
-def _tables_of(table_class: type[BlockTable]) -> type[KVCacheManager]:
-    """A cache whose tables are of another class."""
-
-    class Cache(KVCacheManager):
-        def tables(self, sequence: Hashable) -> tuple[BlockTable, ...]:
-            if sequence not in self._tables:
-                self._tables[sequence] = tuple(
-                    table_class(allocator, self.layout.block_size, group.window)
-                    for allocator, group in zip(self._allocators, self.layout.groups, strict=True)
-                )
-            return self._tables[sequence]
-
-    return Cache
+    def references(self, block: int) -> int:
+        return super().references(block if block >= 0 else block + self.num_blocks)
 
 
 class _OffsetsOfTheStretch(BlockTable):
@@ -136,33 +143,38 @@ class _NeverReleases(BlockTable):
 
 class _SlotsOfTheReleased(BlockTable):
     def slots(self, start: int, stop: int) -> NDArray[np.int32]:
-        passed, self._passed = self._passed, 0
-        try:
+        if stop > len(self) * self._block_size:
             return super().slots(start, stop)
-        finally:
-            self._passed = passed
+        positions = np.arange(start, stop)
+        slots = self.blocks[positions // self._block_size] * self._block_size + positions % self._block_size
+        return slots.astype(np.int32)
 
 
 class _GrowsGroupByGroup(KVCacheManager):
     def grow(self, sequence: Hashable, tokens: int) -> None:
-        for table in self.tables(sequence):
-            table.grow(tokens)
+        try:
+            super().grow(sequence, tokens)
+        except OutOfBlocksError:
+            super().grow(sequence, 0)  # it has begun
+            for table in self.tables(sequence):
+                table.grow(tokens)
 
 
 class _ReleasesTheFirstGroup(KVCacheManager):
     def release(self, sequence: Hashable) -> None:
-        for table in self._tables.pop(sequence, ())[:1]:
+        for table in self.tables(sequence)[:1]:
             table.release_all()
+        self._sequences.pop(sequence, None)
 
 
 class _KeepsReleased(KVCacheManager):
     def release(self, sequence: Hashable) -> None:
-        for table in self._tables.get(sequence, ()):
-            table._passed, passed = 0, len(table._blocks)
-            for block in table._blocks:
-                if block != RELEASED:
-                    table._allocator.release(block)
-            table._blocks, table._passed = [RELEASED] * passed, passed
+        lengths = [len(table) for table in self.tables(sequence)]
+        super().release(sequence)
+        if any(lengths):
+            super().grow(sequence, 0)
+            for table, length in zip(self.tables(sequence), lengths, strict=True):
+                table.adopt([RELEASED] * length)
 
 
 class _OneWindow(KVCacheManager):
@@ -186,13 +198,23 @@ class _PaddedWithZero(KVCacheManager):
 class _CountsKeysOnly(NumpyBackend):
     def memory(self) -> MemoryUse:
         use = super().memory()
-        return MemoryUse(use.weights, use.kv_cache // 2, use.arena)
+        return replace(use, kv_cache=use.kv_cache // 2)
 
 
-class _OneBlockMore(NumpyBackend):
+class _TakesAllAtOnce(NumpyBackend):
     def create_cache(self, layout: KVLayout) -> Any:
         cache = super().create_cache(layout)
-        self._kv_cache_bytes += layout.block_bytes(0)
+        for group in range(len(layout.groups)):
+            for segment in range(layout.num_segments(group)):
+                cache.commit(group, segment)
+        return cache
+
+
+class _KeepsWhatItHas(NumpyBackend):
+    def create_cache(self, layout: KVLayout) -> Any:
+        cache = super().create_cache(layout)
+        cache.__dict__["release"] = lambda pool, segment: None
+        cache.__dict__["commit"] = lambda pool, segment: cache._pools[pool].committed.add(segment)
         return cache
 
 
@@ -201,10 +223,10 @@ def _allocator(name: str, clause: str, wrong: type[BlockAllocator], story: str) 
 
 
 def _table(name: str, clause: str, wrong: type[BlockTable], story: str) -> Fault:
-    return _cache(name, clause, _tables_of(wrong), story)
+    return _cache(name, clause, partial(KVCacheManager, table=wrong), story)
 
 
-def _cache(name: str, clause: str, wrong: type[KVCacheManager], story: str) -> Fault:
+def _cache(name: str, clause: str, wrong: Callable[..., KVCacheManager], story: str) -> Fault:
     return Fault(name, clause, story, lambda: Subject(NumpyBackend, kv_cache=wrong))
 
 
@@ -230,6 +252,12 @@ FAULTS: tuple[Fault, ...] = (
         "KVC-3",
         _HighestFirst,
         "A stack is filled in the order in which it should be emptied.",
+    ),
+    _allocator(
+        "what came back last goes first",
+        "KVC-3",
+        _LastReturnedFirst,
+        "A stack of free blocks, warm in the cache: and use scatters over all segments.",
     ),
     _allocator(
         "the first release frees a shared block",
@@ -339,9 +367,15 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _backend("only keys are counted", "KVC-14", _CountsKeysOnly, "The factor two for values is forgotten."),
     _backend(
-        "a block more than planned",
+        "the whole pool is taken at start",
         "KVC-14",
-        _OneBlockMore,
-        "A spare block for padding, which no plan knows.",
+        _TakesAllAtOnce,
+        "One allocation, and nothing to do while running: as engines did before paging.",
+    ),
+    _backend(
+        "an empty segment is kept for later",
+        "KVC-14",
+        _KeepsWhatItHas,
+        "Memory that was needed once may be needed again, and is never given back.",
     ),
 )

@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from refengine.backend import load
 from refengine.backend.interpreter import InterpretedProgram
 from refengine.backend.numpy_backend import NumpyBackend
 from refengine.models import Model, forward
-from refengine.ops import ShapeError
+from refengine.ops import Activation, FloatArray, ShapeError, linear
 from refengine.program import (
     Instruction,
     MemoryPlan,
@@ -24,10 +26,8 @@ from refengine.program import (
     plan_memory,
     symbolic_inputs,
 )
-from refengine_conformance.faults.fault import Fault
+from refengine_conformance.faults.fault import Fault, faulty_op
 from refengine_conformance.subject import Subject
-
-Plan = Callable[[Program, Policy, Mapping[str, int]], MemoryPlan]
 
 
 def _golden(**parts: Any) -> Subject:
@@ -83,7 +83,7 @@ class _WritesNumbersAsText(Tracer):
 
 def _planned_by(change: Callable[[Program, MemoryPlan], MemoryPlan]) -> Callable[[], Subject]:
     """A subject whose plans are changed."""
-    return partial(_golden, plan=lambda p, policy, sizes: change(p, plan_memory(p, policy, sizes)))
+    return partial(_golden, plan=lambda program, *rest: change(program, plan_memory(program, *rest)))
 
 
 def _overwrites_at_once(program: Program, plan: MemoryPlan) -> MemoryPlan:
@@ -100,13 +100,13 @@ def _overwrites_at_once(program: Program, plan: MemoryPlan) -> MemoryPlan:
     return replace(plan, placements=places)
 
 
-def _forgets_views(program: Program, policy: Policy, sizes: Mapping[str, int]) -> MemoryPlan:
+def _forgets_views(program: Program, *rest: Any) -> MemoryPlan:
     """Plans as if a view were a value of its own, then gives it its source's place."""
     views = {i.result.index: i.operands[0] for i in program if i.op.sharing == "view"}
     fresh = tuple(
         replace(i, op=replace(i.op, sharing="fresh")) if i.result.index in views else i for i in program
     )
-    plan = plan_memory(Program(fresh, program.output), policy, sizes)
+    plan = plan_memory(Program(fresh, program.output), *rest)
     places = dict(plan.placements)
     for index, source in views.items():
         if source is not None and index in places and source.index in places:
@@ -115,8 +115,12 @@ def _forgets_views(program: Program, policy: Policy, sizes: Mapping[str, int]) -
 
 
 def _packs_tightly(program: Program, plan: MemoryPlan) -> MemoryPlan:
-    places = {v: replace(p, offset=p.offset // 64 * 72) for v, p in plan.placements.items()}
-    return replace(plan, placements=places, arena_bytes=_end(places))
+    places, workspaces = (
+        {v: replace(p, offset=p.offset // 64 * 72) for v, p in of.items()}
+        for of in (plan.placements, plan.workspaces)
+    )
+    end = max(_end(places), _end(workspaces))
+    return replace(plan, placements=places, workspaces=workspaces, arena_bytes=end)
 
 
 def _rounds_up(program: Program, plan: MemoryPlan) -> MemoryPlan:
@@ -131,7 +135,7 @@ def _places_the_output(program: Program, plan: MemoryPlan) -> MemoryPlan:
 
 def _shares_nothing(program: Program, plan: MemoryPlan) -> MemoryPlan:
     moved: dict[tuple[int, int, int], int] = {}
-    end = 0
+    end = _end(plan.workspaces)
     for place in plan.placements.values():
         if (life := (place.offset, place.first, place.last)) not in moved:
             moved[life], end = end, end + place.nbytes
@@ -140,7 +144,30 @@ def _shares_nothing(program: Program, plan: MemoryPlan) -> MemoryPlan:
 
 
 def _end(places: Mapping[int, Placement]) -> int:
-    return max(p.offset + p.nbytes for p in places.values())
+    return max((p.offset + p.nbytes for p in places.values()), default=0)
+
+
+class _CountsOneToken(NumpyBackend):
+    def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
+        return super().workspace(instruction, dict.fromkeys(sizes, 1), policy)
+
+
+def _overlays_workspaces(program: Program, plan: MemoryPlan) -> MemoryPlan:
+    moved = {at: replace(place, offset=0) for at, place in plan.workspaces.items()}
+    return replace(plan, workspaces=moved)
+
+
+def _gate_in_one_expression(
+    gate: FloatArray, up: FloatArray, *, activation: Activation, out: FloatArray
+) -> FloatArray:
+    out[...] = gate / (1 + np.exp(-gate)) * up
+    return out
+
+
+def _copies_weights(
+    x: FloatArray, weight: FloatArray, bias: FloatArray | None = None, *, out: FloatArray | None = None
+) -> FloatArray:
+    return linear(x, weight.copy(), bias, out=out)
 
 
 class _WritesFirst(NumpyBackend):
@@ -245,5 +272,29 @@ FAULTS: tuple[Fault, ...] = (
         "PRG-12",
         "A cache of launch parameters whose key lacks one of the sizes.",
         partial(Subject, _KeepsFirstRows),
+    ),
+    Fault(
+        "working memory is counted for a single token",
+        "PRG-13",
+        "The bound was measured while decoding, and prefill takes more.",
+        partial(Subject, _CountsOneToken),
+    ),
+    Fault(
+        "working memory lies on living values",
+        "PRG-14",
+        "A workspace at the arena's start, which was free when somebody looked.",
+        _planned_by(_overlays_workspaces),
+    ),
+    Fault(
+        "a gate's temporaries come from the system",
+        "PRG-15",
+        "An expression of arrays, each of whose parts is an array of its own.",
+        faulty_op("gated", _gate_in_one_expression),
+    ),
+    Fault(
+        "a weight is copied whole",
+        "PRG-15",
+        "A layout or a dtype that the library does not like is converted at every call.",
+        faulty_op("linear", _copies_weights),
     ),
 )

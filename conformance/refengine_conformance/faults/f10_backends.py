@@ -10,12 +10,17 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refengine.backend import Backend, Device, MemoryUse, load
-from refengine.backend.interpreter import DecodedWeights, InterpretedProgram, OpFunction
+from refengine.backend.interpreter import InterpretedProgram, OpFunction
+from refengine.backend.kv_storage import HostKVStorage
 from refengine.backend.numpy_backend import NumpyBackend
+from refengine.backend.weights import StoredMatrix, WeightPlan, Weights
 from refengine.errors import BackendError, RequestError, UnsupportedError
+from refengine.memory import KVLayout
 from refengine.ops import OPS, FloatArray, LayerCache
+from refengine.ops.scratch import Scratch
 from refengine.program import MemoryPlan, Policy, Program, StepBatch, plan_memory
 from refengine.quantizer import LazyTensor
 from refengine_conformance.faults.fault import Fault, faulty_op
@@ -164,16 +169,112 @@ class _ForgetsKeys(NumpyBackend):
 class _TrustsWeights(NumpyBackend):
     name = "suspect"
 
-    def upload(self, weights: Mapping[str, LazyTensor], policy: Policy) -> DecodedWeights:
-        class Trusting(DecodedWeights):
-            def decoded(self, role: str) -> FloatArray:
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> Weights:
+        class Trusting(Weights):
+            def operand(self, role: str) -> Any:
                 array: FloatArray = weights[role].decode().astype(policy.activations)
                 return array
 
-            def table(self, role: str) -> Any:
-                return weights[role]
+        return Trusting(weights, policy, plan)
 
-        return Trusting(weights, policy)
+
+def _reading(matrix: type[StoredMatrix]) -> Callable[[], Subject]:
+    """A subject whose matrices, where they are read as they are stored, are of this class."""
+
+    class Suspects(Weights):
+        def operand(self, role: str) -> FloatArray | StoredMatrix:
+            operand = super().operand(role)
+            if isinstance(operand, StoredMatrix):
+                operand = matrix(self._stored[role], self._policy.activations, streamed=True)
+            return operand
+
+    class Suspect(NumpyBackend):
+        name = "suspect"
+
+        def upload(
+            self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+        ) -> Weights:
+            self._weights.append(Suspects(weights, policy, plan))
+            return self._weights[-1]
+
+    return partial(Subject, Suspect)
+
+
+class _Trusting(StoredMatrix):
+    def tile(self, start: int, stop: int, scratch: Scratch) -> FloatArray:
+        tile: FloatArray = self._stored[np.arange(start, stop)].astype(self.dtype)
+        return tile
+
+
+class _Halving(StoredMatrix):
+    def tile(self, start: int, stop: int, scratch: Scratch) -> FloatArray:
+        tile = super().tile(start, stop, scratch)
+        tile[...] = tile.astype(np.float16)
+        return tile
+
+
+class _Recalling(StoredMatrix):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._kept: dict[int, FloatArray] = {}
+
+    def tile(self, start: int, stop: int, scratch: Scratch) -> FloatArray:
+        if stop - start not in self._kept:
+            self._kept[stop - start] = super().tile(start, stop, scratch)
+        return self._kept[stop - start]
+
+
+class _Unlimited(NumpyBackend):
+    name = "suspect"
+
+    def plan_weights(
+        self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
+    ) -> WeightPlan:
+        return super().plan_weights(program, weights, policy, limit and None)
+
+
+class _HoldsBoth(NumpyBackend):
+    name = "suspect"
+    stored = 0
+
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> Weights:
+        self.stored += sum(tensor.nbytes for tensor in weights.values())
+        return super().upload(weights, policy, plan)
+
+    def memory(self) -> MemoryUse:
+        return replace(super().memory(), mapped=self.stored)
+
+
+class _HalfTheBlock(NumpyBackend):
+    def create_cache(self, layout: KVLayout) -> HostKVStorage:
+        cache = super().create_cache(layout)
+        write = cache.write
+
+        def half(pool: int, block: int, content: NDArray[np.uint8]) -> None:
+            kept = cache.read(pool, block)
+            kept[: len(kept) // 2] = content[: len(kept) // 2]
+            write(pool, block, kept)
+
+        cache.__dict__["write"] = half
+        return cache
+
+
+class _MovesTheBlock(NumpyBackend):
+    def create_cache(self, layout: KVLayout) -> HostKVStorage:
+        cache = super().create_cache(layout)
+        copy = cache.copy
+
+        def move(pool: int, source: int, destination: int) -> None:
+            copy(pool, source, destination)
+            if source != destination:
+                cache.poison(pool, source)
+
+        cache.__dict__["copy"] = move
+        return cache
 
 
 def _one_row_backwards(x: FloatArray, weight: FloatArray, *rest: Any, **options: Any) -> FloatArray:
@@ -330,5 +431,47 @@ FAULTS: tuple[Fault, ...] = (
         "BCK-14",
         "NaN comes out at the other end, a hundred layers later.",
         partial(Subject, _TrustsWeights),
+    ),
+    Fault(
+        "weights are taken as they are where they are read from the file",
+        "BCK-14",
+        "The check stands where weights are decoded for good, and the other path came later.",
+        _reading(_Trusting),
+    ),
+    Fault(
+        "what is decoded for one use is rounded to float16",
+        "BCK-15",
+        "Half the bytes to write and read back, and nobody can tell the difference in the text.",
+        _reading(_Halving),
+    ),
+    Fault(
+        "a tile that was decoded is taken for the next of its size",
+        "BCK-15",
+        "A cache without the row in its key, over a buffer that is used again.",
+        _reading(_Recalling),
+    ),
+    Fault(
+        "a limit is read and not kept",
+        "BCK-16",
+        "An option that falls through three layers and is dropped in the fourth.",
+        partial(Subject, _Unlimited),
+    ),
+    Fault(
+        "the file stays in memory beside what was decoded of it",
+        "BCK-16",
+        "Mapped pages are the system's business, until the process is killed for them.",
+        partial(Subject, _HoldsBoth),
+    ),
+    Fault(
+        "keys are swapped and values are not",
+        "BCK-17",
+        "A block is keys and values of all layers, and one of the loops stops early.",
+        partial(Subject, _HalfTheBlock),
+    ),
+    Fault(
+        "a copy is a move",
+        "BCK-17",
+        "What is forked is freed: the parent goes on with what is not its own any more.",
+        partial(Subject, _MovesTheBlock),
     ),
 )

@@ -259,7 +259,9 @@ def memory_stays_within_the_plan(subject: Subject, data: st.DataObject) -> None:
     program, weights, tokens = norm_and_projection(data)
     backend = subject.start()
     executable = replace(subject, start=lambda: backend).compile(program, weights, tokens)
-    planned = subject.plan(program, subject.policy, {"T": tokens, "S": tokens, "R": tokens}).arena_bytes
+    sizes = {"T": tokens, "S": tokens, "R": tokens}
+    plan = subject.plan(program, subject.policy, sizes, lambda i, s: backend.workspace(i, s, subject.policy))
+    planned = plan.arena_bytes
     compiled = backend.memory()
     for size in (tokens, data.draw(st.integers(1, tokens)), tokens):
         executable.run(one_sequence(size))

@@ -304,6 +304,28 @@ def a_rope_table_holds_cosines_and_sines(subject: Subject, data: st.DataObject) 
     check(table[:, len(frequencies) :], Decimal(magnitude) * sines, bound)
 
 
+@holds("OPS-9", "rope_table", level="L3")
+def every_row_has_the_angles_of_its_own_position(subject: Subject, data: st.DataObject) -> None:
+    """A step of several sequences, each at its own place, against a step of each alone."""
+    places = data.draw(st.lists(st.sampled_from([77, 0, 4095, 1]), min_size=2, max_size=5))
+    frequencies, tokens = data.draw(FREQUENCIES), len(places)
+
+    def build(t: Tracer, v: SimpleNamespace) -> Value:
+        return t.rope_table(v.positions, frequencies=frequencies, dims=2 * len(frequencies))
+
+    together = replace(
+        step([0] * tokens),
+        positions=np.array(places, np.int32),
+        query_starts=np.arange(tokens + 1, dtype=np.int32),
+        context_lens=np.array(places, np.int32) + np.int32(1),
+        block_tables=(np.zeros((tokens, max(places) + 1), np.int32),),
+    )
+    executable = compiled(subject, build, tokens)
+    table = executable.run(together).copy()
+    for row, place in zip(table, places, strict=True):
+        assert row.tobytes() == executable.run(step([0], first=place)).tobytes()
+
+
 @holds("OPS-10", "rope")
 def rope_turns_pairs(subject: Subject, data: st.DataObject) -> None:
     """Both pairings, in all of a head or a part of it, with tables of any numbers."""

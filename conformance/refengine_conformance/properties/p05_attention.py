@@ -131,7 +131,7 @@ def what_is_written_is_read_back(subject: Subject, data: st.DataObject) -> None:
     """Each query points at one position of its sequence: it gets what was written there, bit by bit."""
     lengths = st.lists(st.integers(1, 14), min_size=1, max_size=3)
     case = data.draw(sequences(lengths, WIDE, window=st.none(), softcap=st.none()))
-    case, targets = _pointing(case, data)
+    case, targets = pointing(case, data)
     tables = case.tables(data.draw(st.permutations(range(case.num_blocks))))
     results = Attending(subject, case).steps(data.draw(cuts(case.lengths)), tables)
     for y, target, values in zip(results, targets, _values(subject, case), strict=True):
@@ -142,7 +142,7 @@ def what_is_written_is_read_back(subject: Subject, data: st.DataObject) -> None:
 def a_slot_holds_what_was_written_last(subject: Subject, data: st.DataObject) -> None:
     """Blocks that pass from one sequence to another hold what the second writes."""
     case = data.draw(sequences(st.just([9, 9]), WIDE, window=st.none(), softcap=st.none()))
-    case, targets = _pointing(case, data)
+    case, targets = pointing(case, data)
     first, second = data.draw(cuts(case.lengths))
     tables = [case.tables()[0]] * 2
     attending = Attending(subject, case)
@@ -155,7 +155,7 @@ def a_slot_holds_what_was_written_last(subject: Subject, data: st.DataObject) ->
 def a_step_reads_what_it_writes(subject: Subject, data: st.DataObject) -> None:
     """Every query points at its own position, whose slot held another sequence's token before."""
     case = data.draw(sequences(st.just([9, 9]), WIDE, softcap=st.none()))
-    case, _ = _pointing(case, data, own=True)
+    case, _ = pointing(case, data, own=True)
     attending = Attending(subject, case)
     attending.step([Piece(0, 0, 9)])
     (y,) = attending.steps(data.draw(cuts(case.lengths))[1:], [case.tables()[0]] * 2)
@@ -276,7 +276,7 @@ def a_value_that_is_not_finite_spoils_who_sees_it(subject: Subject, data: st.Dat
 def scores_of_any_size_are_weighed(subject: Subject, data: st.DataObject) -> None:
     """The one score that is far above the others wins: high above zero, or all of them far below it."""
     case = data.draw(sequences(ONE, WIDE, window=st.none(), softcap=st.none()))
-    case, targets = _pointing(case, data)
+    case, targets = pointing(case, data)
     depth = np.float32(data.draw(st.sampled_from([0, 1, 50])))
     case = replace(case, k=case.k - depth, scale=data.draw(st.sampled_from([1.0, 1e6])))
     (y,) = Attending(subject, case).step(case.whole)
@@ -296,9 +296,7 @@ def _telling(case: Sequences) -> Sequences:
     return replace(case, v=v)
 
 
-def _pointing(
-    case: Sequences, data: st.DataObject, *, own: bool = False
-) -> tuple[Sequences, list[list[int]]]:
+def pointing(case: Sequences, data: st.DataObject, *, own: bool = False) -> tuple[Sequences, list[list[int]]]:
     """The same with queries that point at one position each, and these.
 
     Key ``j`` is the ``j``-th unit vector and a query 1024 times one of them: of the weights, 1 and
@@ -355,24 +353,35 @@ def _filled_pools(subject: Subject, case: Sequences, spoiler: int) -> tuple[Atte
 def _check_values(subject: Subject, case: Sequences, data: st.DataObject) -> None:
     results = Attending(subject, case).steps(data.draw(cuts(case.lengths)))
     for sequence, y in enumerate(results):
-        expected, bound = _softmax_means(case, sequence, subject.unit_roundoff + 2.0**-53)
+        expected, bound = softmax_means(case, sequence, subject.unit_roundoff + 2.0**-53)
         check_bound(y, expected, bound)
 
 
-def _softmax_means(
-    case: Sequences, sequence: int, u: float
+def softmax_means(
+    case: Sequences,
+    sequence: int,
+    u: float,
+    read: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The attention of one sequence in float64, and the bound of ATT-4 and ATT-5.
 
     The loop is itself such a computation, with the unit roundoff 2⁻⁵³, which ``u`` includes.
+
+    Args:
+        case: the sequences.
+        sequence: which of them.
+        u: unit roundoff of the result's arithmetic, and of the loop's.
+        read: the keys and the values that each query reads, ``[N, N, G, D]``, where these are not what the
+            tokens have.
     """
-    q, k, v = (a[case.rows(sequence)].astype(np.float64) for a in (case.q, case.k, case.v))
+    q, k, v = (a[case.rows(sequence)].astype(np.float64) for a in case.arrays)
     (length, heads, size), group = q.shape, q.shape[1] // k.shape[1]
     y, bound = np.zeros(q.shape), np.zeros(q.shape)
     for p in range(length):
         seen = slice(case.first_seen(p), p + 1)
+        keys_read, values_read = (k, v) if read is None else (read[0][p], read[1][p])
         for h in range(heads):
-            keys, values = k[seen, h // group], v[seen, h // group]
+            keys, values = keys_read[seen, h // group], values_read[seen, h // group]
             score = case.scale * (keys @ q[p, h])
             slip = (size + 2) * u * case.scale * (np.abs(keys) @ np.abs(q[p, h]))
             if case.softcap is not None:

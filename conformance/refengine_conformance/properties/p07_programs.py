@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tracemalloc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from refengine import ops
+from refengine.backend import Executable
 from refengine.memory import KVGroupLayout, KVLayout
 from refengine.models import Model, forward
 from refengine.models.families import FAMILIES
@@ -24,11 +26,12 @@ from refengine.program import (
     Tracer,
     Value,
     concrete,
+    golden_workspace,
     input_arrays,
     symbolic_inputs,
 )
 from refengine.quantizer import LazyTensor
-from refengine_conformance.prompts import Prompts
+from refengine_conformance.prompts import Chunk, Prompting, Prompts
 from refengine_conformance.registry import holds
 from refengine_conformance.subject import Subject, Weight, activation, one_sequence
 from refengine_conformance.tiny_model import tiny_model
@@ -254,11 +257,42 @@ def places_are_aligned_and_large_enough(subject: Subject, data: st.DataObject) -
         assert place.nbytes >= needed, f"{values[index]} has {place.nbytes} bytes and needs {needed}"
 
 
+@holds("PRG-14", "memory_plan", level="M")
+def working_memory_lies_apart_from_all_that_lives(subject: Subject, data: st.DataObject) -> None:
+    """Recounted: what an instruction needs has no byte in common with a value that is still to be read."""
+    program, plan, sizes = _planned(subject, data)
+    told = {at: golden_workspace(i, sizes, subject.policy) for at, i in enumerate(program)}
+    assert plan.workspaces.keys() == {at for at, nbytes in told.items() if nbytes}
+    memory = {i.result.index: i.result.index for i in program}  # whose memory a value's numbers lie in
+    for i in program:
+        if i.op.sharing == "view" and i.operands[0] is not None:
+            memory[i.result.index] = memory.get(i.operands[0].index, -1)
+    read_last: dict[int, int] = {}
+    for at, i in enumerate(program):
+        read_last |= {memory[v.index]: at for v in i.operands if v is not None and v.index in memory}
+    defined: set[int] = set()
+    for at, i in enumerate(program):
+        defined.add(i.result.index)
+        if (working := plan.workspaces.get(at)) is None:
+            continue
+        assert working.offset % 64 == 0
+        assert working.nbytes >= told[at], f"{i} has {working.nbytes} bytes and needs {told[at]}"
+        for index in defined & plan.placements.keys():
+            if index == i.result.index or read_last.get(memory[index], -1) >= at:
+                place = plan.placements[index]
+                apart = (
+                    place.offset + place.nbytes <= working.offset
+                    or working.offset + working.nbytes <= place.offset
+                )
+                assert apart, f"the working memory of {i} lies on %{index}"
+
+
 @holds("PRG-9", "memory_plan", level="M")
 def the_arena_ends_with_its_last_value(subject: Subject, data: st.DataObject) -> None:
     """Its size is the largest end of a place, or zero."""
     _, plan, _ = _planned(subject, data)
-    assert plan.arena_bytes == max((p.offset + p.nbytes for p in plan.placements.values()), default=0)
+    places = [*plan.placements.values(), *plan.workspaces.values()]
+    assert plan.arena_bytes == max((p.offset + p.nbytes for p in places), default=0)
 
 
 @holds("PRG-10", "memory_plan", level="M")
@@ -300,6 +334,73 @@ def a_plan_holds_for_every_smaller_step(subject: Subject, data: st.DataObject) -
         rows = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=most))
         result = executable.run(one_sequence(tokens, rows))
         assert np.array_equal(result, case.expected[rows]), f"{tokens} tokens, rows {rows}\n{case.program}"
+
+
+@holds("PRG-13", "backend", "memory_plan", level="M")
+def no_step_takes_more_working_memory_than_was_told(subject: Subject, data: st.DataObject) -> None:
+    """Prompts cut into steps, planned for the largest of these: none asks for more than there is."""
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    model, longest = data.draw(MODELS), max(lengths)
+    ids = tuple(tuple(n % model.spec.vocabulary_size for n in range(length)) for length in lengths)
+    prompts = Prompts(model, ids)
+    size = data.draw(st.integers(1, longest))
+    prompting = Prompting(subject, prompts, tokens=size * len(lengths))
+    for start in range(0, longest, size):
+        chunks = [Chunk(p, start, min(start + size, n)) for p, n in enumerate(lengths) if start < n]
+        prompting.step(chunks)
+
+
+@holds("PRG-15", "backend", "memory_plan", "linear", "gated", "rms_norm", "rope", "attention", level="M")
+def a_step_takes_no_memory_that_was_not_planned(subject: Subject, data: st.DataObject) -> None:
+    """Ops of ordinary width, and a tiny model over a long context, counted by Python's tracer."""
+    tokens = data.draw(st.sampled_from([1, 7, 64, 200]))
+    prompts = Prompts(data.draw(MODELS), (tuple(n % 16 for n in range(tokens + 300)),))
+    prompting = Prompting(subject, prompts, tokens=300)
+    prompting.step([Chunk(0, 0, 300)])
+    _check_allocations("a model", prompting.executable, prompts.batch([Chunk(0, 300, 300 + tokens)]))
+    for op in _WIDE_OPS:
+        _check_allocations(op, _wide(subject, op, tokens, width=600), one_sequence(tokens))
+
+
+def _check_allocations(what: str, executable: Executable, batch: StepBatch) -> None:
+    executable.run(batch)  # weights are decoded, and kernels chosen
+    tracemalloc.start()
+    try:
+        logits = executable.run(batch)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    beyond, tokens = peak - logits.nbytes, len(batch.token_ids)
+    assert beyond <= 256 * 1024 + 512 * tokens, f"{what}: {beyond} bytes for {tokens} tokens"
+
+
+_WIDE_OPS: Mapping[str, Callable[[Tracer, Value, Mapping[str, Value]], Value]] = {
+    "linear": lambda t, x, w: t.linear(x, w["matrix"]),
+    "rms_norm": lambda t, x, w: t.rms_norm(x, w["vector"], eps=1e-5),
+    "gated": lambda t, x, w: t.gated(x, x, activation="silu"),
+    "rope": lambda t, x, w: t.merge_heads(
+        t.rope(
+            t.split_heads(x, heads=2),
+            t.rope_table(w["positions"], frequencies=(1.0, 0.5) * 25, dims=100),
+            pairing="halves",
+        )
+    ),
+}
+
+
+def _wide(subject: Subject, op: str, tokens: int, width: int) -> Executable:
+    """An op on activations ``[tokens, width]``."""
+    tracer = subject.tracer()
+    inputs = symbolic_inputs(tracer, kv_groups=1)
+    weights = {
+        "x": Weight(np.ones((tokens, width), np.float32)).tensor("x"),
+        "matrix": Weight(np.ones((width, width), np.float32)).tensor("matrix"),
+        "vector": Weight(np.ones(width, np.float32)).tensor("vector"),
+    }
+    operands = {name: tracer.symbol(name, "weight", tensor.shape) for name, tensor in weights.items()}
+    x = activation(tracer, inputs, "x", (tokens, width))
+    output = _WIDE_OPS[op](tracer, x, {**operands, "positions": inputs.positions})
+    return subject.compile(tracer.finish(output), weights, tokens)
 
 
 def _prompts(data: st.DataObject, model: Model) -> Prompts:
@@ -347,7 +448,11 @@ def _planned(subject: Subject, data: st.DataObject) -> tuple[Program, MemoryPlan
     else:
         program = data.draw(arithmetic(subject)).program
     sizes = _sizes(data)
-    return program, subject.plan(program, subject.policy, sizes), sizes
+
+    def workspace(instruction: Instruction, sizes: Mapping[str, int]) -> int:
+        return golden_workspace(instruction, sizes, subject.policy)
+
+    return program, subject.plan(program, subject.policy, sizes, workspace), sizes
 
 
 def _sizes(data: st.DataObject) -> dict[str, int]:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from refengine.ops import LayerCache
+from refengine.memory import SealedFormat
+from refengine.ops import LayerCache, SealedLayerCache
 
 
 class DeviceAccessError(TypeError):
@@ -68,6 +69,14 @@ class DeviceCache(NamedTuple):
     values: DeviceArray
 
 
+class DeviceSealedCache(NamedTuple):
+    """One layer's sealed keys and values on the device, and their formats."""
+
+    keys: DeviceArray
+    values: DeviceArray
+    formats: tuple[SealedFormat, SealedFormat]
+
+
 class Device:
     """Memory, and a queue of work on it."""
 
@@ -75,7 +84,7 @@ class Device:
         self._queue: list[Callable[[], object]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
-        """New memory, poisoned: NaN, or for integers the smallest there is."""
+        """New memory, poisoned: NaN, bytes of ones, or for integers the smallest there is."""
         return DeviceArray(_poisoned(np.empty(shape, dtype)))
 
     def to_device(self, array: NDArray[Any], dtype: DTypeLike | None = None) -> DeviceArray:
@@ -121,7 +130,13 @@ class Device:
 
 
 def _poisoned(memory: NDArray[Any]) -> NDArray[Any]:
-    memory[...] = np.nan if memory.dtype.kind == "f" else np.iinfo(memory.dtype).min
+    match memory.dtype.kind:
+        case "f":
+            memory[...] = np.nan
+        case "u":  # bytes of numbers: ones, which are NaN in every float format
+            memory[...] = np.iinfo(memory.dtype).max
+        case _:
+            memory[...] = np.iinfo(memory.dtype).min
     return memory
 
 
@@ -129,4 +144,6 @@ def _memory(operand: Any) -> Any:
     """What a kernel sees of an operand."""
     if isinstance(operand, DeviceCache):
         return LayerCache(operand.keys._memory, operand.values._memory)
+    if isinstance(operand, DeviceSealedCache):
+        return SealedLayerCache(operand.keys._memory, operand.values._memory, operand.formats)
     return operand._memory if isinstance(operand, DeviceArray) else operand

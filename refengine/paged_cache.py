@@ -1,0 +1,111 @@
+"""The KV cache of a running engine: who holds which blocks, and the memory behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refengine.backend import KVStorage
+from refengine.memory import FlightRecorder, KVCacheManager
+from refengine.memory.sanitizer import verify
+
+
+class PagedCache:
+    """Carries out on a storage what a manager decides.
+
+    The manager moves block numbers and no bytes. Before a step reads or writes any, ``settle`` takes the
+    memory of segments that came into use, poisons what is free (where checking), copies the blocks that a
+    fork writes to, fills those that were swapped in, and gives empty segments back. In this order: a copy's
+    source may lie in a segment that empties, its destination in a block that was free.
+
+    Args:
+        manager: tables and references.
+        storage: keys and values.
+        recorder: told of every segment and copy.
+        check: gives the tokens of all sequences, where freed blocks are to be poisoned and the manager's
+            books to be verified; ``None`` where not.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        storage: KVStorage,
+        recorder: FlightRecorder,
+        check: Callable[[], Mapping[Hashable, Sequence[int]]] | None = None,
+    ) -> None:
+        self.manager = manager
+        self._storage, self._recorder, self._check = storage, recorder, check
+        self._kept: set[tuple[int, int]] = set()
+        self._evictions = 0
+        self._swapped: dict[Hashable, list[NDArray[np.uint8]]] = {}
+        self._arriving: list[tuple[int, int, NDArray[np.uint8]]] = []
+
+    def reserve(self, positions: int) -> None:
+        """Take memory for so many positions of every pool, lowest blocks first, and keep it."""
+        layout = self.manager.layout
+        for pool, blocks in enumerate(layout.num_blocks):
+            wanted = min(-(-positions // layout.block_size), blocks)
+            for segment in range(-(-wanted // layout.segment_blocks(pool))):
+                self._kept.add((pool, segment))
+                self._storage.commit(pool, segment)
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Bytes of blocks that are kept on the host."""
+        return sum(block.nbytes for blocks in self._swapped.values() for block in blocks)
+
+    def is_swapped(self, sequence: Hashable) -> bool:
+        """Whether a sequence's blocks are kept on the host."""
+        return sequence in self._swapped
+
+    def swap_out(self, sequence: Hashable) -> None:
+        """Keep what a sequence's blocks hold on the host, and give the blocks back."""
+        blocks = self.manager.suspend(sequence)
+        self._swapped[sequence] = [self._storage.read(pool, block) for pool, block in blocks]
+
+    def swap_in(self, sequence: Hashable) -> None:
+        """Give a sequence blocks again, which hold what they did once this is settled.
+
+        Raises:
+            OutOfBlocksError: too few are free.
+        """
+        blocks = self.manager.resume(sequence)
+        contents = self._swapped.pop(sequence)
+        self._arriving += [(*place, held) for place, held in zip(blocks, contents, strict=True)]
+
+    def release(self, sequence: Hashable) -> None:
+        """Give back what a sequence holds, wherever it is."""
+        self._swapped.pop(sequence, None)
+        self.manager.release(sequence)
+
+    def settle(self) -> None:
+        """Make the storage what the manager has decided."""
+        manager, storage = self.manager, self._storage
+        self._record_evictions()
+        commits, releases = manager.take_segment_changes()
+        for pool, segment in commits:
+            if (pool, segment) not in self._kept:
+                storage.commit(pool, segment)
+                self._recorder.record("commit", pool=pool, segment=segment)
+        if self._check is not None:
+            verify(manager, self._check())
+            for pool, block in manager.take_freed():
+                storage.poison(pool, block)
+        for copy in manager.take_copies():
+            storage.copy(copy.pool, copy.source, copy.destination)
+            self._recorder.record("copy", pool=copy.pool, source=copy.source, destination=copy.destination)
+        for pool, block, content in self._arriving:
+            storage.write(pool, block, content)
+        self._arriving.clear()
+        for pool, segment in releases:
+            if (pool, segment) not in self._kept:
+                storage.release(pool, segment)
+                self._recorder.record("release", pool=pool, segment=segment)
+
+    def _record_evictions(self) -> None:
+        cache = self.manager.prefix_cache
+        if cache is not None and cache.statistics.evictions > self._evictions:
+            self._recorder.record("evict", blocks=cache.statistics.evictions - self._evictions)
+            self._evictions = cache.statistics.evictions

@@ -1,0 +1,51 @@
+"""Schedule invariance: a thousand random schedules of each family, and not one bit of a difference."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from schedules import alone, requests, transcripts
+from tiny_model import tiny_model
+
+from refengine import Engine, EngineConfig
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "mistral3"]
+SCHEDULES = int(os.environ.get("REFENGINE_SCHEDULES", "1000"))
+"""Per family."""
+
+SETS = 10
+"""Of requests, each under a tenth of the schedules."""
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8/int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_schedule_changes_a_bit(family: str, kv_dtype: str | None) -> None:
+    """Company, order, chunks, pre-emption, prefix hits, places in memory: logits and tokens are those alone."""
+    model = tiny_model(family, layers=3 if family == "gemma3" else 1)
+    rng = random.Random(f"{family} {kv_dtype}")
+    for _ in range(SETS):
+        wanted = requests(rng, count=4)
+        golden = [alone(model, EngineConfig(block_size=4, kv_dtype=kv_dtype), request) for request in wanted]
+        for _ in range(SCHEDULES // SETS // 2):
+            config = EngineConfig(
+                block_size=4,
+                kv_dtype=kv_dtype,
+                token_budget=rng.choice([1, 3, 8, 13, 64]),
+                max_sequences=rng.choice([3, 4, 9]),
+                kv_tokens=rng.choice([64, 80, 256]),
+                prefix_cache=rng.random() < 0.5,
+                swap=rng.choice([0, 0, 10**9]),
+                scheduling=rng.choice(["fcfs", "fcfs", "sjf", "priority:ageing=2", "fair"]),
+                check=rng.random() < 0.2,
+            )
+            order = list(range(len(wanted)))
+            rng.shuffle(order)
+
+            def between(engine: Engine) -> None:
+                for _ in range(rng.choice([0, 0, 1, 4])):
+                    engine.step()
+
+            found = transcripts(model, config, [wanted[i] for i in order], between)
+            assert found == [golden[i] for i in order], f"{config} {order}"
