@@ -16,7 +16,7 @@ from refengine.cli.errors import WRONG_USAGE, exit_code_of
 
 SECTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "Talk to a model": {"run": "run:run", "chat": "chat:chat"},
+        "Talk to a model": {"run": "run:run", "chat": "chat:chat", "batch": "batch:batch"},
         "Keep models": {
             "pull": "models:pull",
             "list": "models:list_models",
@@ -31,6 +31,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "tokenize": "tokenize:tokenize",
             "logits": "logits:logits",
             "program": "program:program",
+            "replay": "replay:replay",
             "backends": "backends:backends",
         },
         "Hold to the specification": {"conform": "conform:conform", "spec": "spec:spec"},

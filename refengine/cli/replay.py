@@ -1,0 +1,168 @@
+"""``refengine replay``: a recorded or generated load under other scheduling policies, in simulated time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refengine.cli.figures import amount
+from refengine.cli.options import json_option
+from refengine.cli.tables import print_table
+from refengine.cli.terminal import aside, harmless, say, write_json
+
+if TYPE_CHECKING:
+    from refengine.memory import KVLayout
+    from refengine.scheduler import Limits
+    from refengine.simulation import Load, Record, Trace
+
+
+@click.command()
+@click.argument("journal", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="Compare this policy; repeatable. Parameters follow a colon: sjf:ageing=8,chunk=4."
+    "  [default: fcfs, sjf and fair]",
+)
+@click.option("--requests", default=1000, show_default=True, metavar="N", help="Generate N requests.")
+@click.option("--rate", default=3.0, show_default=True, metavar="X", help="Let X of them come per second.")
+@click.option("--tenants", default=4, show_default=True, metavar="N", help="From N tenants.")
+@click.option("--priorities", default=4, show_default=True, metavar="N", help="Of N levels of priority.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same load.")
+@click.option("--token-budget", type=click.IntRange(min=1), metavar="N", help="Tokens per step.")
+@click.option("--max-sequences", type=click.IntRange(min=1), metavar="N", help="Requests at once.")
+@click.option("--kv-tokens", type=click.IntRange(min=16), metavar="N", help="Positions of KV cache.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw how long requests wait, on a page of its own.",
+)
+@json_option
+def replay(
+    journal: Path | None,
+    policies: tuple[str, ...],
+    requests: int,
+    rate: float,
+    tenants: int,
+    priorities: int,
+    seed: int,
+    html: Path | None,
+    as_json: bool,
+    **limits: int | None,
+) -> None:
+    """Let a load come again under other scheduling policies.
+
+    Scheduler, queue and the manager of the KV cache are the real ones; what a step costs, a formula says.
+    JOURNAL is what an engine or a simulation wrote down; its decisions are made again, to see whether they
+    are still the same. Without JOURNAL the load is generated: prompts are log-normal, outputs Pareto.
+
+    \b
+    Examples:
+      refengine replay --rate 4
+      refengine replay trace.jsonl --policy fcfs --policy sjf
+      refengine replay trace.jsonl --policy sjf:ageing=1 --max-sequences 8 --html waits.html
+    """
+    from refengine.scheduler import scheduling_policy
+    from refengine.simulation import HeavyTails, differences, generate, simulate
+
+    record = None if journal is None else _read(journal)
+    if record is None:
+        if requests < 1:
+            raise click.UsageError("--requests must be at least 1")
+        load = generate(HeavyTails(rate=rate, tenants=tenants, priorities=priorities), requests, seed)
+    else:
+        load = record.load
+    chosen = [replace(scheduling_policy(text), name=text) for text in policies or ("fcfs", "sjf", "fair")]
+    settings = {"limits": _limits(record, limits), "layout": _layout(record, limits["kv_tokens"], load)}
+    traces = [simulate(load, policy, **settings) for policy in chosen]
+    changed = () if record is None else differences(record)
+    if html is not None:
+        from refengine.cli.charts.waits_page import waits_page
+
+        html.write_text(waits_page(traces), encoding="utf-8")
+        aside(f"Wrote {harmless(str(html))}")
+    if as_json:
+        write_json(_json(traces, record, changed))
+    else:
+        _print(traces)
+        if record is not None:
+            say(_sameness(record, changed))
+
+
+def _read(path: Path) -> Record:
+    from refengine.errors import RequestError
+    from refengine.simulation import read_journal
+
+    with path.open(encoding="utf-8") as lines:
+        record = read_journal(lines, str(path))
+    if not record.load:
+        raise RequestError(f"the journal {str(path)!r} names no request that could come again")
+    return record
+
+
+def _limits(record: Record | None, given: dict[str, int | None]) -> Limits:
+    from refengine.scheduler import Limits
+
+    usual = (record.limits if record is not None else None) or Limits(512, 16)
+    return Limits(given["token_budget"] or usual.token_budget, given["max_sequences"] or usual.max_sequences)
+
+
+def _layout(record: Record | None, positions: int | None, load: Load) -> KVLayout:
+    from refengine.simulation import small_layout
+
+    if positions is None and record is not None and record.layout is not None:
+        return record.layout
+    longest = max(arrival.prompt + arrival.output for arrival in load)
+    return small_layout(positions or max(16_384, longest + 16))
+
+
+def _print(traces: list[Trace]) -> None:
+    figures = [(trace.policy, trace.figures) for trace in traces]
+    first = figures[0][1]["wait_mean"]
+    print_table(
+        {
+            "POLICY": "left",
+            "MEAN WAIT": "right",
+            "": "right",
+            "HALF WAIT": "right",
+            "95 % WAIT": "right",
+            "LONGEST": "right",
+            "FIRST TOKEN": "right",
+            "TOKENS/S": "right",
+            "PRE-EMPTED": "right",
+        },
+        [
+            (
+                name,
+                f"{each['wait_mean']:.2f} s",
+                f"{100 * (each['wait_mean'] / first - 1):+.0f} %" if first and number else "",
+                f"≤ {each['wait_p50']:.2f} s",
+                f"≤ {each['wait_p95']:.2f} s",
+                f"{each['wait_max']:.2f} s",
+                f"{each['first_token_mean']:.2f} s",
+                f"{each['tokens_per_second']:.1f}",
+                f"{each['preemptions']:,.0f}",
+            )
+            for number, (name, each) in enumerate(figures)
+        ],
+    )
+
+
+def _sameness(record: Record, changed: Any) -> str:
+    made = amount(len(record.entries), "recorded decision")
+    if not changed:
+        return f"\n{made}, made again: all the same"
+    return f"\n{made}, made again: {len(changed):,} differ, the first in line {changed[0]:,}"
+
+
+def _json(traces: list[Trace], record: Record | None, changed: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {"policies": {trace.policy: dict(trace.figures) for trace in traces}}
+    if record is not None:
+        told |= {"decisions": len(record.entries), "differing_lines": list(changed)}
+    return told
