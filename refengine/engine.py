@@ -12,7 +12,13 @@ from refengine import scheduler
 from refengine.backend import Backend
 from refengine.config import EngineConfig
 from refengine.engine_plan import plan_engine
-from refengine.errors import ContextLengthError, MemoryManagerError, RequestError, TokenIdError
+from refengine.errors import (
+    ContextLengthError,
+    MemoryManagerError,
+    RequestError,
+    SequenceStateError,
+    TokenIdError,
+)
 from refengine.memory import FlightRecorder, KVCacheManager, KVGroupLayout
 from refengine.memory.heap import trim_heap
 from refengine.memory.prefix_cache import PrefixCache
@@ -166,6 +172,39 @@ class Engine:
             self._cache.settle()
             if self.recorder.step == 1:  # what was needed to decode weights and to choose BLAS calls
                 trim_heap()
+
+    def fork(self, number: int, *, token: int | None = None, seed: int | None = None) -> int:
+        """Let a running request go on twice from here; returns the new one's number.
+
+        Both hold the same blocks until they write to them: so beams keep their candidates.
+
+        Args:
+            number: a request of one sample whose prompt is computed.
+            token: what the new one has in place of the last token; ``None`` for the same.
+            seed: with which the new one samples from here on; ``None`` for the same.
+
+        Raises:
+            SequenceStateError: the request has ended, or is not running.
+            TokenIdError: ``token`` is outside the vocabulary.
+            RequestError: the request has several samples or no output yet, or as many run as may.
+        """
+        parent = self._sequences.get(number)
+        if parent is None or number not in self._running:
+            raise SequenceStateError(f"request {number} has ended or is not running, and cannot be forked")
+        if parent.request.samples > 1 or not parent.generated:
+            raise RequestError(f"request {number} has several samples, or no output yet: it cannot be forked")
+        if sum(self._sequences[n].places for n in self._running) >= self.config.max_sequences:
+            raise RequestError(f"{self.config.max_sequences} sequences are running, and no more may")
+        if token is not None and not 0 <= token < self.model.spec.vocabulary_size:
+            raise TokenIdError(f"token id {token} is outside the vocabulary")
+        child, self._submitted = self._submitted, self._submitted + 1
+        self._memory.fork(number, child)
+        self._sequences[child] = parent.branch(child, self._decoder(), token, seed)
+        self._requests[child] = {child}
+        self._queue.fork(number, child)
+        self._running.insert(self._running.index(number) + 1, child)
+        self.recorder.record("fork", parent=number, child=child)
+        return child
 
     def abort(self, number: int) -> Output | None:
         """End a request now, with all its samples, and give back its memory.

@@ -61,6 +61,21 @@ class Sequence:
         child.tokens, child.computed = list(self.tokens), self.computed
         return child
 
+    def branch(
+        self, number: int, decoder: StreamDecoder | None, token: int | None, seed: int | None
+    ) -> Sequence:
+        """Another request that goes on from here, with another last token or seed where these are given.
+
+        Its text begins with what it generates itself.
+        """
+        child = Sequence(number, self.request, decoder)
+        child.tokens, child.computed, child.places = list(self.tokens), self.computed, 1
+        if token is not None:
+            child.tokens[-1] = token
+        if seed is not None:
+            child.sampling = replace(child.sampling, seed=seed)
+        return child
+
     def restart(self) -> None:
         """Forget what was computed, not what was generated."""
         self.computed = 0

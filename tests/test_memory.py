@@ -12,7 +12,13 @@ from tiny_model import tiny_model
 from refengine import Engine, EngineConfig, Output, Request, SamplingParams
 from refengine.backend import load
 from refengine.engine_plan import plan_engine
-from refengine.errors import ContextLengthError, MemoryLimitError, RequestError
+from refengine.errors import (
+    ContextLengthError,
+    MemoryLimitError,
+    RequestError,
+    SequenceStateError,
+    TokenIdError,
+)
 from refengine.forecast import forecast
 from refengine.memory import FlightRecorder
 from refengine.models import Model
@@ -250,3 +256,47 @@ def test_the_report_adds_up(model: Model) -> None:
     assert 0 <= report.kv.waste < 0.5
     stored = sum(t.nbytes for role, t in model.weights.items() if role.startswith("layers."))
     assert sum(layer.weights for layer in report.layers) == stored
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_a_fork_goes_on_as_a_request_with_its_tokens_would(model: Model, kv_dtype: str | None) -> None:
+    """Beam candidates: other last tokens over one context, each with the output of a request that has them."""
+    prompt = prompts([17])[0]
+    made = engine(model, block_size=4, kv_dtype=kv_dtype, check=True)
+    number = made.submit(Request(prompt, 12, SamplingParams(logprobs=2)))
+    outputs = [output for _ in range(3) for output in made.step()]
+    so_far = tuple(output.sampled.token for output in outputs if output.sampled)
+    beams = {token: made.fork(number, token=token) for token in (5, 60)}
+    rest: dict[int, list[object]] = {}
+    while made.has_work:
+        for output in made.step():
+            rest.setdefault(output.request, []).append(output.sampled)
+    for token, beam in beams.items():
+        alone = run(
+            engine(model, block_size=4, kv_dtype=kv_dtype),
+            Request((*prompt, *so_far[:-1], token), 9, SamplingParams(logprobs=2)),
+        )
+        assert rest[beam] == sampled(alone[0, 0])
+    assert made.memory().current.kv_cache == 0
+
+
+def test_what_cannot_be_forked_is_refused(model: Model) -> None:
+    """A finished request, one that waits, one without output, a token that is none, and one too many."""
+    made = engine(model, max_sequences=2, token_budget=4, block_size=4)
+    first = made.submit(Request(prompts([6])[0], 40))
+    with pytest.raises(SequenceStateError):
+        made.fork(first)
+    made.step()
+    with pytest.raises(RequestError, match="no output yet"):
+        made.fork(first)
+    made.step()
+    with pytest.raises(TokenIdError):
+        made.fork(first, token=97)
+    made.fork(first, seed=3)
+    with pytest.raises(RequestError, match="no more may"):
+        made.fork(first)
+    made.abort(first)
+    with pytest.raises(SequenceStateError):
+        made.fork(first)
+    run(made)
+    assert made.memory().current.kv_cache == 0

@@ -1,0 +1,47 @@
+"""What the system counts is what was planned: the process, as it stands, with real models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import refengine
+from refengine.memory_report import process_memory
+
+config = refengine.EngineConfig(**json.loads(sys.argv[2]))
+llm = refengine.load(sys.argv[1], backend="numpy", config=config)
+llm.engine.submit(refengine.Request(tuple(range(1000, 1000 + int(sys.argv[3]))), 3))
+while llm.engine.has_work:
+    assert not any(output.error for output in llm.engine.step())
+report, plan = llm.engine.memory(), llm.engine.plan
+print(json.dumps([report.peak.total, plan.process_bytes, process_memory()[1]]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+@pytest.mark.parametrize("model", ["smollm2", "gemma3-270m"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kv_dtype": "float16", "weight_cache": 0},
+        {"kv_dtype": "int8", "weight_cache": 0},
+        {"kv_dtype": "float16", "memory": 400_000_000},
+    ],
+    ids=["mapped", "mapped, int8 KV", "under a limit"],
+)
+def test_resident_memory_is_within_five_percent_and_a_constant(model: str, config: dict[str, object]) -> None:
+    """At most 5 % above what the engine counts and the stated constant; and below a limit."""
+    prompt = 1500
+    fields = json.dumps(config | {"max_sequences": 1, "kv_tokens": 2048})
+    command = [sys.executable, "-c", SCRIPT, model, fields, str(prompt)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counted, constant, resident = json.loads(done.stdout)
+    assert resident <= 1.05 * counted + constant
+    assert resident <= config.get("memory", resident)
