@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from refengine.engine_plan import EnginePlan
-from refengine.memory import RELEASED, KVCacheManager
+from refengine.memory import KVCacheManager, PrefixStatistics, pool_use, sequence_use
 from refengine.models import Model
 
 
@@ -118,15 +118,8 @@ def report(
         owners: by request: its sequences.
         current, peak, peak_step: what the engine holds and has held.
     """
-    block_bytes = [plan.layout.block_bytes(g) for g in range(len(plan.layout.groups))]
-    requests = {
-        request: sum(
-            held * nbytes
-            for sequence in sequences
-            for held, nbytes in zip(manager.held(sequence), block_bytes, strict=True)
-        )
-        for request, sequences in owners.items()
-    }
+    uses = {r: [sequence_use(manager, s) for s in sequences] for r, sequences in owners.items()}
+    requests = {r: sum(use.own_bytes + use.shared_bytes for use in of) for r, of in uses.items()}
     resident, peak_resident = process_memory()
     return MemoryReport(
         current,
@@ -143,37 +136,26 @@ def report(
 
 def kv_statistics(manager: KVCacheManager) -> KVStatistics:
     """How well a KV cache is used now."""
-    layout, pools = manager.layout, range(len(manager.layout.groups))
-    size = layout.block_size
-    block_bytes = tuple(layout.block_bytes(g) for g in pools)
-    in_use = tuple(pool.num_used - len(pool.idle) for pool in manager.pools)
-    named = sum(sum(manager.held(sequence)) for sequence in manager.sequences)
-    open_bytes = held_bytes = 0
-    shared = [set[int]() for _ in pools]
-    for sequence in manager.sequences:
-        written = manager.next_position(sequence)
-        for g, table in enumerate(manager.tables(sequence)):
-            open_bytes += (len(table) * size - written) * block_bytes[g] // size
-            held_bytes += table.held * block_bytes[g]
-            shared[g].update(
-                b for b in table.blocks.tolist() if b != RELEASED and manager.pools[g].holders(b) > 1
-            )
-    committed = sum(len(manager.segments(g)) * layout.segment_bytes(g) for g in pools)
-    used = sum(manager.pools[g].num_used * block_bytes[g] for g in pools)
-    cache = manager.prefix_cache.statistics if manager.prefix_cache is not None else None
+    uses = [pool_use(manager, pool) for pool in range(len(manager.pools))]
+    named = sum(use.used - use.idle for use in uses)
+    positions = sum((use.used - use.idle) * use.block_bytes for use in uses)
+    committed = sum(use.committed * use.block_bytes for use in uses)
+    cache = manager.prefix_cache.statistics if manager.prefix_cache is not None else PrefixStatistics()
     return KVStatistics(
-        blocks=layout.num_blocks,
-        blocks_in_use=in_use,
-        block_bytes=block_bytes,
-        shared_blocks=tuple(map(len, shared)),
-        cached_blocks=tuple(len(pool.idle) for pool in manager.pools),
-        sharing_ratio=named / sum(in_use) if sum(in_use) else 1.0,
-        waste=open_bytes / held_bytes if held_bytes else 0.0,
-        fragmentation=1 - used / committed if committed else 0.0,
-        lookups=cache.lookups if cache else 0,
-        looked_up_tokens=cache.tokens if cache else 0,
-        hit_tokens=cache.hit_tokens if cache else 0,
-        evictions=cache.evictions if cache else 0,
+        blocks=tuple(use.blocks for use in uses),
+        blocks_in_use=tuple(use.used - use.idle for use in uses),
+        block_bytes=tuple(use.block_bytes for use in uses),
+        shared_blocks=tuple(use.shared for use in uses),
+        cached_blocks=tuple(use.idle for use in uses),
+        sharing_ratio=sum(use.references for use in uses) / named if named else 1.0,
+        waste=sum(use.unwritten * use.block_bytes for use in uses) / manager.layout.block_size / positions
+        if positions
+        else 0.0,
+        fragmentation=1 - sum(use.nbytes for use in uses) / committed if committed else 0.0,
+        lookups=cache.lookups,
+        looked_up_tokens=cache.tokens,
+        hit_tokens=cache.hit_tokens,
+        evictions=cache.evictions,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from math import prod
+from math import ldexp, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,14 +87,26 @@ key heads, for queries at ``position`` to ``last - 1``."""
 def kv_write(cache: LayerCache, k: FloatArray, v: FloatArray, slot_mapping: IndexArray) -> LayerCache:
     """Store token ``t``'s key and value in slot ``slot_mapping[t]``; gives the changed cache.
 
-    Keys are stored after rotation. A slot is written once per step at most.
+    Keys are stored after rotation. A slot is written once per step at most. What the cache's dtype cannot hold
+    is stored as NaN: an infinite key would drop out of the softmax unseen.
 
     Clauses: ATT-6, ATT-7.
     """
     block, offset = np.divmod(slot_mapping, cache.keys.shape[1])
     for blocks, new in ((cache.keys, k), (cache.values, v)):
-        blocks[block, offset] = new
+        with np.errstate(over="ignore"):
+            blocks[block, offset] = new
+        if blocks.dtype.itemsize < new.dtype.itemsize:
+            most = _overflow(blocks.dtype)
+            if new.max() >= most or new.min() <= -most:
+                blocks[block, offset] = np.where(np.abs(new) < most, new, np.nan)
     return cache
+
+
+def _overflow(dtype: np.dtype[np.floating]) -> float:
+    """From here on numbers round to infinity: half a unit above the largest."""
+    limits = np.finfo(dtype)
+    return ldexp(1 - float(limits.eps) / 4, int(limits.maxexp))
 
 
 def attend_workspace(

@@ -242,6 +242,22 @@ class _WritesLate:
         return cache
 
 
+def _overflows(cache: LayerCache, k: FloatArray, v: FloatArray, slots: IndexArray) -> LayerCache:
+    place = np.divmod(slots, cache.keys.shape[1])
+    for blocks, new in zip(cache, (k, v), strict=True):
+        with np.errstate(over="ignore"):
+            blocks[place] = new
+    return cache
+
+
+def _clips(cache: LayerCache, k: FloatArray, v: FloatArray, slots: IndexArray) -> LayerCache:
+    place = np.divmod(slots, cache.keys.shape[1])
+    for blocks, new in zip(cache, (k, v), strict=True):
+        most = float(np.finfo(blocks.dtype).max)
+        blocks[place] = np.clip(new, -most, most)
+    return cache
+
+
 def _attention(name: str, clause: str, make: Callable[[], _Loop], story: str) -> Fault:
     return _fault(name, clause, "attention", make, story)
 
@@ -334,6 +350,20 @@ FAULTS: tuple[Fault, ...] = (
         "kv_write",
         lambda: _stores_half,
         "The cache's precision is hard-wired, and the policy asks for another.",
+    ),
+    _fault(
+        "what float16 cannot hold becomes infinity",
+        "ATT-6",
+        "kv_write",
+        lambda: _overflows,
+        "A key of minus infinity has no weight: the position is gone, and every logit is finite.",
+    ),
+    _fault(
+        "what float16 cannot hold is clipped",
+        "ATT-6",
+        "kv_write",
+        lambda: _clips,
+        "Numbers that look like numbers: nobody is told.",
     ),
     _attention(
         "a block size of sixteen is hard-wired",

@@ -13,7 +13,7 @@ from refengine.ops import FloatArray
 from refengine_conformance.bits import check_bits
 from refengine_conformance.bounds import check_bound
 from refengine_conformance.registry import holds
-from refengine_conformance.sequences import Attending, Piece, Sequences, cuts, sequences
+from refengine_conformance.sequences import LENGTHS, Attending, Piece, Sequences, cuts, sequences
 from refengine_conformance.subject import Subject
 
 ONE = st.lists(st.integers(1, 14), min_size=1, max_size=1)
@@ -149,6 +149,42 @@ def a_slot_holds_what_was_written_last(subject: Subject, data: st.DataObject) ->
     for pieces, target, values in zip((first, second), targets, _values(subject, case), strict=True):
         (y,) = attending.steps([pieces], tables)
         check_bits(y, values[target])
+
+
+BEYOND_FLOAT16 = st.sampled_from([65520.0, -65520.0, -1e6, 3e38])
+
+
+@holds("ATT-6", "kv_write", "attention")
+def a_narrower_cache_rounds_and_tells_what_it_cannot_hold(subject: Subject, data: st.DataObject) -> None:
+    """Float16, to nearest; a value beyond it spoils every query that sees it, and no other."""
+    case = data.draw(sequences(LENGTHS, WIDE, window=st.none(), softcap=st.none()))
+    case, targets = pointing(case, data)
+    lost, v = data.draw(st.integers(0, len(case.v) - 1)), case.v.copy()
+    v[lost] = data.draw(BEYOND_FLOAT16)
+    case = replace(case, v=v, dtype=np.dtype(np.float16))
+    results = Attending(subject, case).steps(data.draw(cuts(case.lengths)))
+    with np.errstate(over="ignore"):
+        rounded = [values.astype(np.float16).astype(values.dtype) for values in _values(subject, case)]
+    for sequence, (y, target) in enumerate(zip(results, targets, strict=True)):
+        place = lost - case.starts[sequence]
+        first = place if 0 <= place < len(y) else len(y)
+        assert not np.isfinite(y[first:]).any()
+        check_bits(y[:first], rounded[sequence][target[:first]])
+
+
+@holds("ATT-6", "kv_write", "attention")
+def a_key_that_cannot_be_held_is_not_lost(subject: Subject, data: st.DataObject) -> None:
+    """Queries for which it would weigh nothing, were it infinite, get no finite result either."""
+    case = data.draw(sequences(LENGTHS, WIDE, window=st.none(), softcap=st.none()))
+    lost, k = data.draw(st.integers(0, len(case.k) - 1)), np.zeros_like(case.k)
+    k[lost] = -abs(data.draw(BEYOND_FLOAT16))
+    case = replace(case, q=np.ones_like(case.q), k=k, dtype=np.dtype(np.float16))
+    results = Attending(subject, case).steps(data.draw(cuts(case.lengths)))
+    for sequence, y in enumerate(results):
+        place = lost - case.starts[sequence]
+        first = place if 0 <= place < len(y) else len(y)
+        assert not np.isfinite(y[first:]).any()
+        assert np.isfinite(y[:first]).all()
 
 
 @holds("ATT-7", "kv_write", "attention")
