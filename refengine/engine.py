@@ -11,6 +11,7 @@ import numpy as np
 from refengine import scheduler
 from refengine.backend import Backend
 from refengine.config import EngineConfig
+from refengine.engine_journal import EngineJournal
 from refengine.engine_plan import plan_engine
 from refengine.errors import (
     ContextLengthError,
@@ -27,7 +28,8 @@ from refengine.models import Model
 from refengine.ops import FloatArray
 from refengine.paged_cache import PagedCache
 from refengine.program import StepBatch
-from refengine.request import Output, Request
+from refengine.program.step_batch import IndexArray
+from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, check_finite, sample
 from refengine.sequence import Sequence
 from refengine.tokenizer import StreamDecoder, Tokenizer
@@ -52,6 +54,7 @@ class Engine:
         config: how much the engine may hold.
         tokenizer: turns tokens into text; without one, outputs have none.
         on_limit: called with the flight recorder and the reason when a limit of memory is hit.
+        journal: where requests, decisions and hashes of the answers are written down; ``None`` for nowhere.
         schedule, sample, kv_cache: the engine's other parts, each replaceable by one with the same contract.
 
     Attributes:
@@ -73,14 +76,17 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         on_limit: Callable[[FlightRecorder, str], None] | None = None,
+        journal: EngineJournal | None = None,
         schedule: Callable[..., scheduler.Decision] = scheduler.schedule,
         sample: Callable[..., Sampled] = sample,
         kv_cache: Callable[..., KVCacheManager] = KVCacheManager,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.model, self.backend, self.tokenizer = model, backend, tokenizer
-        self._schedule, self._sample = schedule, sample
         self.plan = plan = plan_engine(model, backend, config)
+        self._schedule, self._sample, self._journal = schedule, sample, journal
+        if journal is not None:
+            self._schedule = journal.begin(model, backend.name, config, plan.layout, schedule)
         self.recorder = FlightRecorder(on_limit)
         self._memory = kv_cache(plan.layout, PrefixCache()) if config.prefix_cache else kv_cache(plan.layout)
         storage = backend.create_cache(plan.layout)
@@ -100,6 +106,7 @@ class Engine:
         self._requests: dict[int, set[int]] = {}
         self._queue = scheduler.Queue(scheduler.scheduling_policy(config.scheduling))
         self._running: list[int] = []  # in order of admission
+        self._keep_logits: set[int] = set()  # requests that keep the logits of their prompt
         self._submitted = 0
         self._observe(logits=0)
 
@@ -126,8 +133,13 @@ class Engine:
         number, self._submitted = self._submitted, self._submitted + request.samples
         self._sequences[number] = Sequence(number, request, self._decoder())
         self._requests[number] = {number}
-        self._queue.submit(number, self._terms(number, request))
+        if request.logits_from is not None:
+            self._keep_logits.add(number)
+        terms = self._terms(number, request)
+        self._queue.submit(number, terms)
         self.recorder.record("submit", request=number, prompt=len(request.prompt), samples=request.samples)
+        if self._journal is not None:
+            self._journal.submit(number, terms, request)
         return number
 
     @property
@@ -158,16 +170,17 @@ class Engine:
             batch, wanted = self._build_batch(compute)
             self._cache.settle()
             logits = self._executable.run(batch)
-            self._observe(logits.nbytes)
+            held = self._observe(logits.nbytes)
             self.recorder.record(
-                "step", tokens=len(batch.token_ids), sequences=len(compute), rows=len(wanted),
-                bytes=self._held(logits.nbytes).total,
+                "step", tokens=len(batch.token_ids), sequences=len(compute), rows=len(batch.logit_rows),
+                bytes=held,
             )  # fmt: skip
             return self._advance(compute, wanted, logits)
         except Exception as error:  # whatever a backend may raise
             if isinstance(error, MemoryManagerError):
                 self.recorder.limit("refuse", str(error))
-            return [self._fail(number, error) for number, _ in compute if number in self._sequences]
+            failed = [number for number, _ in compute if number in self._sequences]
+            return [output for number in failed for output in self._fail(number, error)]
         finally:
             self._cache.settle()
             if self.recorder.step == 1:  # what was needed to decode weights and to choose BLAS calls
@@ -201,6 +214,8 @@ class Engine:
         self._memory.fork(number, child)
         self._sequences[child] = parent.branch(child, self._decoder(), token, seed)
         self._requests[child] = {child}
+        if parent.request.logits_from is not None:
+            self._keep_logits.add(child)
         self._queue.fork(number, child)
         self._running.insert(self._running.index(number) + 1, child)
         self.recorder.record("fork", parent=number, child=child)
@@ -214,7 +229,7 @@ class Engine:
         if number not in self._requests:
             return None
         for sequence in tuple(self._requests[number]):
-            self._drop(sequence)
+            self._drop(sequence, "abort")
         self._cache.settle()
         return Output(number, None, "", "abort")
 
@@ -292,7 +307,8 @@ class Engine:
         while True:
             adopted = self._adopt_prefixes()
             decision = self._schedule_step()
-            if adopted and decision.preempt:  # nobody is admitted: what waits may not hold blocks
+            if adopted and (decision.preempt or not decision.compute):
+                # nobody is admitted: what waits may not hold blocks, and the first in the queue may lack them
                 self._return(adopted)
                 adopted, decision = [], self._schedule_step()
             computed = {number for number, _ in decision.compute}
@@ -307,6 +323,8 @@ class Engine:
                 )
 
     def _schedule_step(self) -> scheduler.Decision:
+        if self._journal is not None:
+            self._journal.decide(self.recorder.step)
         return self._schedule(
             [self._job(n) for n in self._running],
             map(self._job, self._queue),
@@ -332,10 +350,12 @@ class Engine:
 
     def _budget(self) -> int:
         """Tokens that the next step may compute: no more of them may want logits than there are rows."""
-        unfinished = list(self._sequences.values())
-        if all(sequence.request.logits_from is None for sequence in unfinished):
+        if not self._keep_logits:
             return self.config.token_budget
-        unwanted = unfinished[0].first_logits - unfinished[0].computed if len(unfinished) == 1 else 0
+        unwanted = 0
+        if len(self._sequences) == 1:
+            (only,) = self._sequences.values()
+            unwanted = only.first_logits - only.computed
         return min(self.config.token_budget, max(unwanted, 0) + self.config.rows)
 
     def _job(self, number: int) -> scheduler.Job:
@@ -394,29 +414,30 @@ class Engine:
             self._sequences[number].computed = 0
 
     def _build_batch(self, compute: abc.Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
-        """The step's arrays, and for every row of logits the sequence it belongs to."""
-        spans = []
+        """The step's arrays, and how many rows of logits each sequence has of it."""
+        spans: list[tuple[int, int, int]] = []
+        tokens: list[int] = []
+        wanted: list[int] = []
         for number, count in compute:
-            start = self._sequences[number].computed
+            sequence = self._sequences[number]
+            start, stop = sequence.computed, sequence.computed + count
             if self._cache.is_swapped(number):
                 self._cache.swap_in(number)
-            self._memory.grow(number, start + count)
-            spans.append((number, start, start + count))
-        starts = [0, *accumulate(stop - start for _, start, stop in spans)]
-        rows: list[int] = []
-        wanted: list[int] = []
-        for (number, start, stop), top in zip(spans, starts, strict=False):
-            first = self._sequences[number].first_logits
-            rows += range(top + max(first - start, 0), top + stop - start)
-            wanted += [number] * (stop - max(first, start))
+            self._memory.grow(number, stop)
+            wanted.append(min(count, max(stop - sequence.first_logits, 0)))
+            tokens += sequence.tokens[start:stop]
+            spans.append((number, start, stop))
         pools = range(len(self._pools))
-        numbers = [number for number, _, _ in spans]
+        numbers = [number for number, _ in compute]
+        counts = _int32([count for _, count in compute])
+        query_starts = _int32([0, *accumulate(counts.tolist())])
+        context_lens = _int32([stop for _, _, stop in spans])
         batch = StepBatch(
-            token_ids=_int32([t for n, start, stop in spans for t in self._sequences[n].tokens[start:stop]]),
-            positions=_int32([p for _, start, stop in spans for p in range(start, stop)]),
-            query_starts=_int32(starts),
-            context_lens=_int32([stop for _, _, stop in spans]),
-            logit_rows=_int32(rows),
+            token_ids=_int32(tokens),
+            positions=_last(context_lens, counts),
+            query_starts=query_starts,
+            context_lens=context_lens,
+            logit_rows=_last(query_starts[1:], _int32(wanted)),
             slot_mapping=tuple(self._memory.slots(spans, g) for g in pools),
             block_tables=tuple(self._memory.padded_tables(numbers, g) for g in pools),
         )
@@ -426,18 +447,20 @@ class Engine:
         self, compute: abc.Sequence[tuple[int, int]], wanted: abc.Sequence[int], logits: FloatArray
     ) -> list[Output]:
         """Account for a computed step: sample where a request's tokens are all computed, release, end."""
-        outputs = []
-        for number, count in compute:
+        outputs: list[Output] = []
+        ends = accumulate(wanted)
+        for (number, count), wants, end in zip(compute, wanted, ends, strict=True):
             sequence = self._sequences[number]
             sequence.computed += count
             if self.config.prefix_cache:  # before a window passes the blocks
                 self._memory.publish(number, sequence.tokens, sequence.request.cache_salt, sequence.computed)
             self._memory.release_passed(number, sequence.computed)
-            rows = logits[[i for i, owner in enumerate(wanted) if owner == number]]
             if sequence.request.logits_from is not None:
-                sequence.prompt_logits.append(rows)
+                sequence.prompt_logits.append(logits[end - wants : end].copy())
             if sequence.computed == len(sequence.tokens):
-                outputs += [self._accept(each, rows[-1]) for each in self._divide(sequence)]
+                row = logits[end - 1]
+                for each in self._divide(sequence) if sequence.places > 1 else (sequence,):
+                    outputs += self._accept(each, row)
         return outputs
 
     def _divide(self, sequence: Sequence) -> list[Sequence]:
@@ -455,24 +478,27 @@ class Engine:
         sequence.places = 1
         return samples
 
-    def _accept(self, sequence: Sequence, logits: FloatArray) -> Output:
+    def _accept(self, sequence: Sequence, logits: FloatArray) -> list[Output]:
         """Sample a sequence's next token, if it may have one."""
         sampled = None
         try:
             if sequence.generated < sequence.request.max_tokens:
                 sampled = self._sample(logits, sequence.sampling, sequence.tokens, sequence.generated)
+                if self._journal is not None:
+                    self._journal.sampled(sequence.number, logits, sampled.token)
             output = sequence.accept(sampled)
         except Exception as error:  # of this sequence alone
             return self._fail(sequence.number, error)
         if output.finish_reason:
-            self._drop(sequence.number)
-        return output
+            self._drop(sequence.number, output.finish_reason)
+        return [output]
 
-    def _fail(self, number: int, error: Exception) -> Output:
-        """End a sequence for a reason that is not its own."""
+    def _fail(self, number: int, error: Exception) -> list[Output]:
+        """End a sequence for a reason that is not its own: an output for each sample that it stands for."""
         sequence = self._sequences[number]
-        self._drop(number)
-        return Output(sequence.request_number, None, "", "error", sequence.sample, error)
+        self._drop(number, "error")
+        samples = range(sequence.sample, sequence.sample + sequence.places)
+        return [Output(sequence.request_number, None, "", "error", sample, error) for sample in samples]
 
     def _preempt(self, number: int, *, swap: bool) -> None:
         """Take a running request's memory; what it held is kept on the host, or computed again."""
@@ -485,9 +511,10 @@ class Engine:
         self._running.remove(number)
         self._queue.preempt(number)
 
-    def _drop(self, number: int) -> None:
+    def _drop(self, number: int, reason: FinishReason) -> None:
         self._cache.release(number)
         sequence = self._sequences.pop(number)
+        self._keep_logits.discard(number)
         self._queue.end(number, sequence.generated)
         if number in self._running:
             self._running.remove(number)
@@ -496,18 +523,27 @@ class Engine:
         siblings.discard(number)
         if not siblings:
             del self._requests[sequence.request_number]
+        if self._journal is not None:
+            self._journal.end(number, reason, sequence.generated)
 
     def _held(self, logits: int) -> Holdings:
         use = self.backend.memory()
         swapped = self._cache.swapped_bytes
         return Holdings(use.weights, use.mapped, use.arena, logits, use.kv_cache, swapped)
 
-    def _observe(self, logits: int) -> None:
-        """Remember the moment at which most was held."""
+    def _observe(self, logits: int) -> int:
+        """Bytes held now; remembers the moment at which it was most."""
         now = self._held(logits)
         if now.total > self._peak.total:
             self._peak, self._peak_step = now, self.recorder.step
+        return now.total
 
 
-def _int32(values: abc.Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _int32(values: abc.Sequence[int]) -> IndexArray:
     return np.array(values, np.int32)
+
+
+def _last(ends: IndexArray, counts: IndexArray) -> IndexArray:
+    """For each of ``ends``, the last ``counts`` whole numbers below it; one after the other."""
+    stops = np.cumsum(counts, dtype=np.int32)
+    return np.repeat(ends - stops, counts) + np.arange(stops[-1], dtype=np.int32)

@@ -25,7 +25,8 @@
         └── SequenceStateError          11  a sequence forked after its end, or begun twice
 
 The exit code is what the command line returns for the class; 1 is an error of another kind (a bug),
-2 a wrong command line, 12 findings of the conformance suite, 130 an interrupt, 141 a closed pipe.
+2 a wrong command line, 12 findings of the conformance suite or of a replay, 130 an interrupt, 141 a closed
+pipe.
 """
 
 from __future__ import annotations

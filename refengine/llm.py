@@ -11,6 +11,7 @@ from refengine import backend as backends
 from refengine import loader
 from refengine.config import EngineConfig
 from refengine.engine import Engine
+from refengine.engine_journal import EngineJournal
 from refengine.errors import ContextLengthError, RefengineError, RequestError
 from refengine.memory import FlightRecorder
 from refengine.memory.heap import trim_heap
@@ -51,6 +52,7 @@ def load(
     config: EngineConfig | None = None,
     progress: loader.Progress | None = None,
     on_limit: Callable[[FlightRecorder, str], None] | None = None,
+    journal: EngineJournal | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -61,6 +63,7 @@ def load(
         config: limits of the engine.
         progress: told of a download's progress.
         on_limit: called with the engine's flight recorder and the reason when a limit of memory is hit.
+        journal: where the engine writes down what it does; ``None`` for nowhere.
 
     Raises:
         ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError, MemoryLimitError: see
@@ -75,7 +78,7 @@ def load(
             "tokenizer.ggml.tokens", f"has {tokens} entries, but the embedding has {rows} rows"
         )
     trim_heap()
-    engine = Engine(model, backends.load(backend), config, tokenizer, on_limit=on_limit)
+    engine = Engine(model, backends.load(backend), config, tokenizer, on_limit=on_limit, journal=journal)
     return LLM(model, tokenizer, engine)
 
 

@@ -40,7 +40,9 @@ class PagedCache:
         self._kept: set[tuple[int, int]] = set()
         self._evictions = 0
         self._swapped: dict[Hashable, list[NDArray[np.uint8]]] = {}
-        self._arriving: list[tuple[int, int, NDArray[np.uint8]]] = []
+        self._arriving: dict[Hashable, list[tuple[int, int, NDArray[np.uint8]]]] = {}
+        self._to_commit: dict[tuple[int, int], None] = {}  # in this order; both are empty once settled
+        self._to_release: dict[tuple[int, int], None] = {}
 
     def reserve(self, positions: int) -> None:
         """Take memory for so many positions of every pool, lowest blocks first, and keep it."""
@@ -73,22 +75,29 @@ class PagedCache:
         """
         blocks = self.manager.resume(sequence)
         contents = self._swapped.pop(sequence)
-        self._arriving += [(*place, held) for place, held in zip(blocks, contents, strict=True)]
+        self._arriving[sequence] = [(*place, held) for place, held in zip(blocks, contents, strict=True)]
 
     def release(self, sequence: Hashable) -> None:
         """Give back what a sequence holds, wherever it is."""
         self._swapped.pop(sequence, None)
+        self._arriving.pop(sequence, None)
         self.manager.release(sequence)
 
     def settle(self) -> None:
-        """Make the storage what the manager has decided."""
+        """Make the storage what the manager has decided.
+
+        What fails is not lost: it is done when this is called again, if it is still to be done then.
+
+        Raises:
+            MemoryManagerError: a segment's memory cannot be taken.
+        """
         manager, storage = self.manager, self._storage
         self._record_evictions()
-        commits, releases = manager.take_segment_changes()
-        for pool, segment in commits:
-            if (pool, segment) not in self._kept:
-                storage.commit(pool, segment)
-                self._recorder.record("commit", pool=pool, segment=segment)
+        self._note_segments()
+        for pool, segment in tuple(self._to_commit):
+            storage.commit(pool, segment)
+            del self._to_commit[pool, segment]
+            self._recorder.record("commit", pool=pool, segment=segment)
         if self._check is not None:
             verify(manager, self._check())
             for pool, block in manager.take_freed():
@@ -96,13 +105,27 @@ class PagedCache:
         for copy in manager.take_copies():
             storage.copy(copy.pool, copy.source, copy.destination)
             self._recorder.record("copy", pool=copy.pool, source=copy.source, destination=copy.destination)
-        for pool, block, content in self._arriving:
-            storage.write(pool, block, content)
+        for blocks in self._arriving.values():
+            for pool, block, content in blocks:
+                storage.write(pool, block, content)
         self._arriving.clear()
-        for pool, segment in releases:
-            if (pool, segment) not in self._kept:
-                storage.release(pool, segment)
-                self._recorder.record("release", pool=pool, segment=segment)
+        for pool, segment in tuple(self._to_release):
+            storage.release(pool, segment)
+            del self._to_release[pool, segment]
+            self._recorder.record("release", pool=pool, segment=segment)
+
+    def _note_segments(self) -> None:
+        """Segments to commit and to release: those that changed, and those left over from a failure."""
+        commits, releases = self.manager.take_segment_changes()
+        for changed, to_do, opposite in (
+            (commits, self._to_commit, self._to_release),
+            (releases, self._to_release, self._to_commit),
+        ):
+            for place in changed:
+                if place in opposite:  # it was never carried out
+                    del opposite[place]
+                elif place not in self._kept:
+                    to_do[place] = None
 
     def _record_evictions(self) -> None:
         cache = self.manager.prefix_cache

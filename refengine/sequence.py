@@ -72,8 +72,7 @@ class Sequence:
         child.tokens, child.computed, child.places = list(self.tokens), self.computed, 1
         if token is not None:
             child.tokens[-1] = token
-        if seed is not None:
-            child.sampling = replace(child.sampling, seed=seed)
+        child.sampling = self.sampling if seed is None else replace(self.sampling, seed=seed)
         return child
 
     def restart(self) -> None:

@@ -48,7 +48,7 @@ def requests(rng: random.Random, count: int, longest: int = 40) -> list[Request]
         made.append(
             Request(
                 prompt,
-                most := rng.randint(1, 9),
+                most := rng.randint(1, 7),
                 sampling,
                 samples=rng.choice([1, 1, 1, 3]),
                 priority=rng.randrange(10),

@@ -16,6 +16,7 @@ from refengine.cli.figures import amount
 from refengine.cli.loading import EngineOptions
 from refengine.cli.options import engine_options, json_option, memory_option, model_argument
 from refengine.cli.sections import SectionedCommand
+from refengine.cli.sizes import size
 from refengine.cli.terminal import harmless, say, write_json
 from refengine.config import EngineConfig
 
@@ -60,6 +61,21 @@ output_file = click.Path(dir_okay=False, path_type=Path)
     default=True,
     help="Compute beginnings that rows share anew for each.",
 )
+@memory_option(
+    "--swap",
+    type=size,
+    default="0",
+    metavar="SIZE",
+    help="Keep so much KV cache of pre-empted rows, where that is cheaper than to compute it again."
+    "  [default: none]",
+)
+@click.option(
+    "--scheduling",
+    default=EngineConfig.scheduling,
+    show_default=True,
+    metavar="NAME",
+    help="Which rows go first: fcfs, sjf, priority, fair. Parameters follow a colon: sjf:ageing=8.",
+)
 @json_option
 def batch(
     model: str,
@@ -71,6 +87,8 @@ def batch(
     engine: EngineOptions,
     max_sequences: int,
     prefix_cache: bool,
+    swap: int,
+    scheduling: str,
     as_json: bool,
 ) -> None:
     """Answer a file of requests, many at once.
@@ -95,16 +113,23 @@ def batch(
       refengine batch smollm2 -i in.jsonl -o out.jsonl --errors errors.jsonl --model-name gpt-4o-mini
     """
     from refengine.batch import InputFile, OutputFile, Tally, resume
+    from refengine.scheduler import scheduling_policy
 
+    scheduling_policy(scheduling)  # a mistyped name is told of before anything is loaded
     paths = [source, output, *([errors] if errors else [])]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise click.UsageError("the input, the output and the file of errors must be different files")
+    files_named = [*paths, *([engine.journal.path] if engine.journal else [])]
+    if len({path.resolve() for path in files_named}) < len(files_named):
+        raise click.UsageError(
+            "the input, the output, the file of errors and the journal must be different files"
+        )
     requests = InputFile(source)
     tally = Tally()
     with ExitStack() as files:
         outputs = [files.enter_context(OutputFile(path)) for path in paths[1:]]
         found = resume(requests, outputs, force=force)
-        engine = engine.adjusted(max_sequences=max_sequences, prefix_cache=prefix_cache)
+        engine = engine.adjusted(
+            max_sequences=max_sequences, prefix_cache=prefix_cache, swap=swap, scheduling=scheduling
+        )
         try:
             times = _answer(model, engine, requests, outputs, found, {model, *names}, tally, force=force)
         except KeyboardInterrupt:

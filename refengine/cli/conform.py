@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from refengine.cli.errors import FINDINGS
 from refengine.cli.suite import require_suite
 from refengine.cli.terminal import say, write_json
 from refengine.errors import RequestError, UnsupportedError
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from refengine_conformance.conformance import Conformance
     from refengine_conformance.outcome import Profile
     from refengine_conformance.registry import Property
-
-FINDINGS = 12
-"""Exit code where a clause is broken, or a seeded fault is not caught."""
 
 POLICIES = ("float32", "float64")
 

@@ -12,7 +12,7 @@ import click
 from refengine.cli.terminal import BOLD_RED, harmless, say, styled, wrapped
 from refengine.errors import MemoryManagerError, RefengineError
 
-FAILED, WRONG_USAGE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+FAILED, WRONG_USAGE, FINDINGS, INTERRUPTED, CLOSED_PIPE = 1, 2, 12, 130, 141
 """Exit codes beside those of ``refengine.errors``; the last two as a shell reports SIGINT and SIGPIPE."""
 
 TRACEBACK = "REFENGINE_TRACEBACK"

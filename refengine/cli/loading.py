@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from refengine.cli.flight import FlightLog
+from refengine.cli.journal_file import JournalFile
 from refengine.cli.progress import DownloadProgress
 from refengine.config import EngineConfig
 
@@ -25,12 +26,14 @@ class EngineOptions:
         config: the engine's limits.
         offline: download nothing.
         flight: writes the flight recorder out when a limit is hit; ``None`` where nobody asked for that.
+        journal: where the engine writes down what it does; ``None`` for nowhere.
     """
 
     backend: str
     config: EngineConfig
     offline: bool = False
     flight: FlightLog | None = None
+    journal: JournalFile | None = None
 
     def adjusted(self, **changes: Any) -> EngineOptions:
         """The same with other fields of the config."""
@@ -49,7 +52,8 @@ class EngineOptions:
         path = fetch(model, offline=self.offline)
         started = perf_counter()
         on_limit = self.flight.write if self.flight else None
-        llm = load(str(path), backend=self.backend, config=self.config, on_limit=on_limit)
+        journal = self.journal.open(model) if self.journal else None
+        llm = load(str(path), backend=self.backend, config=self.config, on_limit=on_limit, journal=journal)
         return llm, perf_counter() - started
 
 

@@ -11,6 +11,7 @@ import click
 
 from refengine.cli.flight import FlightLog
 from refengine.cli.generation import Generation
+from refengine.cli.journal_file import JournalFile
 from refengine.cli.loading import EngineOptions
 from refengine.cli.sections import section
 from refengine.cli.sizes import EXAMPLES, size
@@ -104,18 +105,33 @@ def engine_options(command: Command) -> Command:
         metavar="FILE",
         help="When a limit is hit, write the last events to FILE: .json, or a timeline as .html.",
     )
+    @click.option(
+        "--journal",
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        metavar="FILE",
+        help="Write requests with their prompts, every decision, and hashes of the answers to FILE, anew each"
+        " time; see `refengine replay`.",
+    )
     @click.option("--fallback", is_flag=True, help="Let golden ops stand in for what the backend lacks.")
     @offline_option
     @wraps(command)
     def with_engine(
-        *args: Any, backend: str, offline: bool, flight_recorder: Path | None, **others: Any
+        *args: Any,
+        backend: str,
+        offline: bool,
+        flight_recorder: Path | None,
+        journal: Path | None,
+        **others: Any,
     ) -> None:
         fields = {name: others.pop(name) for name in CONFIG}
         config = EngineConfig(max_sequences=1, **fields)
         flight = None if flight_recorder is None else FlightLog(flight_recorder, config.memory)
+        written = None if journal is None else JournalFile(journal)
         try:
-            command(*args, engine=EngineOptions(backend, config, offline, flight), **others)
+            command(*args, engine=EngineOptions(backend, config, offline, flight, written), **others)
         finally:
+            if written is not None:
+                written.close()
             if flight is not None:
                 flight.close()
 

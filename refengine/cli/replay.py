@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refengine.cli.errors import FINDINGS
 from refengine.cli.figures import amount
-from refengine.cli.options import json_option
+from refengine.cli.options import json_option, offline_option
+from refengine.cli.rerun import compare
 from refengine.cli.tables import print_table
 from refengine.cli.terminal import aside, harmless, say, write_json
 
@@ -43,6 +45,11 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Draw how long requests wait, on a page of its own.",
 )
+@click.option(
+    "--request", "number", type=int, metavar="ID", help="Run this recorded request again, alone, instead."
+)
+@click.option("--model", metavar="MODEL", help="With --request: the model.  [default: the journal's]")
+@offline_option
 @json_option
 def replay(
     journal: Path | None,
@@ -53,6 +60,9 @@ def replay(
     priorities: int,
     seed: int,
     html: Path | None,
+    number: int | None,
+    model: str | None,
+    offline: bool,
     as_json: bool,
     **limits: int | None,
 ) -> None:
@@ -62,16 +72,29 @@ def replay(
     JOURNAL is what an engine or a simulation wrote down; its decisions are made again, to see whether they
     are still the same. Without JOURNAL the load is generated: prompts are log-normal, outputs Pareto.
 
+    With --request, one request of an engine's journal (--journal of `refengine run` and others) is run
+    again: alone, on the golden NumPy backend, in the recorded precision. Its logits and tokens are
+    compared by their hashes. Exits with 12 where they differ, as those of another backend may.
+
     \b
     Examples:
       refengine replay --rate 4
       refengine replay trace.jsonl --policy fcfs --policy sjf
       refengine replay trace.jsonl --policy sjf:ageing=1 --max-sequences 8 --html waits.html
+      refengine replay trace.jsonl --request 3
     """
     from refengine.scheduler import scheduling_policy
     from refengine.simulation import HeavyTails, differences, generate, simulate
 
+    if number is None and model is not None:
+        raise click.UsageError("--model is for --request: without it, no model is needed")
+    if number is not None and (journal is None or policies or html is not None):
+        raise click.UsageError("--request takes a JOURNAL, and neither --policy nor --html")
     record = None if journal is None else _read(journal)
+    if record is not None and number is not None:
+        if not compare(record, number, model, offline=offline, as_json=as_json):
+            raise click.exceptions.Exit(FINDINGS)
+        return
     if record is None:
         if requests < 1:
             raise click.UsageError("--requests must be at least 1")

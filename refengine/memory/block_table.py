@@ -88,14 +88,14 @@ class BlockTable:
 
     def slot_list(self, start: int, stop: int) -> list[int]:
         """The slots of positions ``start … stop - 1``, as ``slots`` gives them."""
-        size = self._block_size
+        size, known = self._block_size, len(self._blocks)
         first, last = start // size, (stop - 1) // size
+        if first == last < known and 0 <= start < stop and (block := self._blocks[first]) != RELEASED:
+            slot = block * size + start % size  # as in every step but a prompt's
+            return [slot] if stop - start == 1 else list(range(slot, slot + stop - start))
         blocks = self._blocks[first : last + 1]
-        if not 0 <= start <= stop or last >= len(self._blocks) or RELEASED in blocks:
+        if not 0 <= start <= stop or last >= known or RELEASED in blocks:
             raise BlockStateError(f"positions {start} to {stop - 1} have no block")
-        if first == last:  # as in every step but a prompt's
-            slot = blocks[0] * size + start % size
-            return list(range(slot, slot + stop - start))
         slots = [slot for block in blocks for slot in range(block * size, (block + 1) * size)]
         return slots[start - first * size : stop - first * size]
 

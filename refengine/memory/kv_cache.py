@@ -216,7 +216,8 @@ class KVCacheManager:
         del held.chain[next_position // self.layout.block_size :]  # what is written again is another block
         for table in held.tables:
             table.release_passed(next_position)
-        self._forget_copies()
+        if self._copies:
+            self._forget_copies()
 
     def release(self, sequence: Hashable) -> None:
         """Give back all blocks of a sequence and forget it.

@@ -87,8 +87,8 @@ key heads, for queries at ``position`` to ``last - 1``."""
 def kv_write(cache: LayerCache, k: FloatArray, v: FloatArray, slot_mapping: IndexArray) -> LayerCache:
     """Store token ``t``'s key and value in slot ``slot_mapping[t]``; gives the changed cache.
 
-    Keys are stored after rotation. A slot is written once per step at most. What the cache's dtype cannot hold
-    is stored as NaN: an infinite key would drop out of the softmax unseen.
+    Keys are stored after rotation. A slot is written once per step at most. What the cache's dtype cannot
+    hold is stored as NaN: an infinite key would drop out of the softmax unseen.
 
     Clauses: ATT-6, ATT-7.
     """

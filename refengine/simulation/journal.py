@@ -12,13 +12,16 @@ keeps what is recent only. Then, in the order in which they happened:
   is 1 or empty at the end; ``miss`` and ``gain``, what was asked and answered: ``[number, tokens, blocks]``
   and ``[[numbers], blocks]``; ``host``, where there was one; and the decision: ``pre``, ``swap``, ``do``.
 - ``{"end": number, "at": seconds, "reason": …, "generated": tokens}``.
+
+A journal of an engine with a model has more in its first line and in those of ``submit`` and ``end``: see
+`refengine.engine_journal`. Here that is only carried along.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any, TextIO
 
 import numpy as np
@@ -50,6 +53,7 @@ class Journal:
         stream: gets the lines.
         policy: the name of the policy in force.
         layout: of the KV cache; ``None`` where a replay is to be told.
+        engine: of which engine it is; ``None`` of none.
         parameters: of the policy, if not the default ones.
 
     Attributes:
@@ -59,7 +63,13 @@ class Journal:
     """
 
     def __init__(
-        self, stream: TextIO, policy: str = "fcfs", layout: KVLayout | None = None, **parameters: int
+        self,
+        stream: TextIO,
+        policy: str = "fcfs",
+        layout: KVLayout | None = None,
+        *,
+        engine: Mapping[str, Any] | None = None,
+        **parameters: int,
     ) -> None:
         self.step, self.time = 0, 0.0
         self._stream, self._known = stream, set[int]()
@@ -67,20 +77,34 @@ class Journal:
         if layout is not None:
             pools = [(group.window, group.num_blocks, group.recent) for group in layout.groups]
             cache = {"block_size": layout.block_size, "pools": pools}
-        self._write({"journal": VERSION, "policy": policy, "parameters": parameters, "cache": cache})
+        head = {"journal": VERSION, "policy": policy, "parameters": parameters, "cache": cache}
+        self._write(head | _given(engine=engine))
 
     def submit(
-        self, id: int, terms: Terms, time: float, output: int | None = None, positions: int | None = None
+        self,
+        id: int,
+        terms: Terms,
+        time: float,
+        output: int | None = None,
+        positions: int | None = None,
+        request: Mapping[str, Any] | None = None,
     ) -> None:
-        """A request comes."""
+        """A request comes; ``request`` is its content, where there is any."""
         self._known.add(id)
-        line: dict[str, Any] = {"submit": id, "at": time, "terms": astuple(terms)}
-        line |= {} if output is None else {"output": output}
-        self._write(line | ({} if positions is None else {"positions": positions}))
+        line = {"submit": id, "at": time, "terms": astuple(terms)}
+        self._write(line | _given(output=output, positions=positions, request=request))
 
-    def end(self, id: int, reason: str, time: float, generated: int) -> None:
-        """A request ends, or one of its samples."""
-        self._write({"end": id, "at": time, "reason": reason, "generated": generated})
+    def end(
+        self,
+        id: int,
+        reason: str,
+        time: float,
+        generated: int,
+        transcript: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A request ends, or one of its samples; ``transcript`` has its ``tokens`` and their ``sha256``."""
+        line = {"end": id, "at": time, "reason": reason, "generated": generated}
+        self._write(line | dict(transcript or {}))
 
     def recording(self, schedule: Callable[..., Decision] = schedule) -> Callable[..., Decision]:
         """The same schedule, whose decisions are written down."""
@@ -132,7 +156,7 @@ class Journal:
             line |= {"run": list(map(_packed, running)), "wait": list(map(_packed, read))}
             line |= {"miss": missed, "gain": gained}
             if host is not None:
-                line["host"] = {**asdict(host), "held": list(held.items())}
+                line["host"] = {**vars(host), "held": list(held.items())}
             line |= {"pre": decision.preempt, "swap": decision.swap, "do": decision.compute}
             self._write(line)
             return decision
@@ -172,6 +196,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class End:
+    """What became of a request or sample.
+
+    Attributes:
+        reason: why it ended.
+        generated: tokens of output.
+        tokens: their ids, where they were recorded.
+        sha256: of the logits and tokens, in hexadecimal; ``None`` where it was not recorded.
+    """
+
+    reason: str
+    generated: int
+    tokens: tuple[int, ...] = ()
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """A journal that was read.
 
@@ -181,6 +222,9 @@ class Record:
         limits: of the first decision; ``None`` where there is none.
         load: the requests, with the outputs that they had.
         entries: the decisions.
+        engine: of which engine it is; empty where it is of none.
+        requests: what was asked, by number; empty where that is not recorded.
+        ends: what became of requests and samples, by number.
     """
 
     policy: str
@@ -189,6 +233,9 @@ class Record:
     limits: Limits | None
     load: Load
     entries: tuple[Entry, ...]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    requests: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    ends: Mapping[int, End] = field(default_factory=dict)
 
 
 def read_journal(lines: Iterable[str], path: str | None = None) -> Record:
@@ -205,7 +252,7 @@ def read_journal(lines: Iterable[str], path: str | None = None) -> Record:
     layout: KVLayout | None = None
     terms: dict[int, Terms] = {}
     came: dict[int, dict[str, Any]] = {}
-    generated: dict[int, int] = {}
+    ends: dict[int, End] = {}
     entries: list[Entry] = []
     numbered = enumerate(lines, 1)
     for number, text in numbered:
@@ -219,11 +266,15 @@ def read_journal(lines: Iterable[str], path: str | None = None) -> Record:
                 id = line["submit"] if "submit" in line else line["sample"]
                 terms[id] = Terms(*line["terms"])
                 if "submit" in line:
+                    if not isinstance(line.get("request", {}), dict):
+                        raise ValueError("a request is an object")
                     came[id] = line
             elif "step" in line:
                 entries.append(_entry(number, line, terms))
+            elif "end" in line:
+                ends[line["end"]] = _end(line)
             else:
-                generated[line["end"]] = line["generated"]
+                raise ValueError(f"there is no such kind of line: {', '.join(line)}")
         except json.JSONDecodeError as cause:
             if number > 1 and not text.endswith("\n") and next(numbered, None) is None:
                 break
@@ -232,15 +283,21 @@ def read_journal(lines: Iterable[str], path: str | None = None) -> Record:
             raise FormatError(f"line {number} is no line of a journal: {cause!r}", path=path) from cause
     if not head:
         raise FormatError("the journal is empty", path=path)
-    load = tuple(_arrival(terms[id], line, generated.get(id)) for id, line in came.items())
+    load = tuple(_arrival(terms[id], line, ends.get(id)) for id, line in came.items())
     limits = entries[0].arguments[2] if entries else None
-    return Record(head["policy"], head["parameters"], layout, limits, load, tuple(entries))
+    asked = {id: line["request"] for id, line in came.items() if "request" in line}
+    return Record(
+        head["policy"], head["parameters"], layout, limits, load, tuple(entries), head.get("engine", {}),
+        asked, ends,
+    )  # fmt: skip
 
 
 def _layout(head: dict[str, Any]) -> KVLayout | None:
     """The cache's layout in a journal's first line, whose other fields are looked at too."""
     if not isinstance(head["policy"], str) or not isinstance(head["parameters"], dict):
         raise ValueError("a journal's first line names the policy and its parameters")
+    if not isinstance(head.get("engine", {}), dict):
+        raise ValueError("a journal's engine is an object")
     if (cache := head["cache"]) is None:
         return None
     groups = tuple(
@@ -285,9 +342,20 @@ def _entry(number: int, line: dict[str, Any], terms: dict[int, Terms]) -> Entry:
     return Entry(number, line["step"], line["at"], arguments, host, decision)
 
 
-def _arrival(terms: Terms, line: dict[str, Any], generated: int | None) -> Arrival:
+def _end(line: dict[str, Any]) -> End:
+    tokens, digest = tuple(map(int, line.get("tokens", ()))), line.get("sha256")
+    if digest is not None and not isinstance(digest, str):
+        raise ValueError("a SHA-256 is a text")
+    return End(line["reason"], line["generated"], tokens, digest)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _arrival(terms: Terms, line: dict[str, Any], end: End | None) -> Arrival:
     """A request as it came; where nobody knows what it would have generated, what it did or was to."""
-    output = line.get("output", terms.output if generated is None else generated)
+    output = line.get("output", terms.output if end is None else end.generated)
     return Arrival(
         line["at"], terms.prompt, output, terms.output, terms.samples, terms.priority, terms.tenant,
         terms.deadline, line.get("positions"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from batch.jsonl import completion, write
 from click.testing import Result
 
 from refengine.scheduler import Limits
@@ -100,3 +101,116 @@ def test_what_is_no_journal_is_refused(run: Run, tmp_path: Path) -> None:
     with path.open("w") as stream:
         Journal(stream)
     assert run("replay", str(path)).exit_code == 7
+
+
+@pytest.fixture
+def served(run: Run, tmp_path: Path) -> Path:
+    """The journal of a batch, with rows of several prompts and samples, in a cache with little room."""
+    path = tmp_path / "journal.jsonl"
+    rows = [completion(f"t{i}", ["ab", "x" * (i + 1)], n=1 + i % 3, max_tokens=9) for i in range(6)]
+    result = run(
+        "batch", "alphabet.gguf", "--model-name", "m", "-i", str(write(tmp_path / "in.jsonl", *rows)), "-o",
+        str(tmp_path / "out.jsonl"), "--journal", str(path), "--scheduling", "sjf:ageing=2", "--swap", "1MB",
+        "--kv-tokens", "64", "--backend", "numpy", "--max-sequences", "4",
+    )  # fmt: skip
+    assert (result.exit_code, result.stderr) == (0, "")
+    return path
+
+
+def test_the_journal_of_a_batch_comes_again(run: Run, served: Path) -> None:
+    """Its decisions are the same, and its load passes under another policy."""
+    told = json.loads(run("replay", str(served), "--policy", "fcfs", "--json").stdout)
+    assert told["differing_lines"] == []
+    assert told["decisions"] > 5
+    assert told["policies"]["fcfs"]["requests"] == 12
+    head = json.loads(served.read_text(encoding="utf-8").splitlines()[0])
+    assert (head["policy"], head["engine"]["model"]) == ("sjf:ageing=2", "alphabet.gguf")
+
+
+def test_a_request_run_alone_is_equal(run: Run, served: Path) -> None:
+    """Every one of the batch; what was compared is told."""
+    lines = map(json.loads, served.read_text(encoding="utf-8").splitlines())
+    for number in [line["submit"] for line in lines if "submit" in line]:
+        result = run("replay", str(served), "--request", str(number))
+        assert (result.exit_code, result.stderr) == (0, "")
+        first, second, *_ = result.stdout.splitlines()
+        assert first == "equal"
+        assert second.startswith(f"Compared: logits and tokens of request {number}, ")
+        told = json.loads(run("replay", str(served), "--request", str(number), "--json").stdout)
+        assert told["equal"] is True
+        assert all(each["sha256"]["recorded"] == each["sha256"]["now"] for each in told["samples"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("sha256", "0" * 64, "sample 0: the tokens are the same, but logits differ"),
+        ("tokens", [1, 2, 3], "sample 0: token 0 was 1, and is "),
+    ],
+)
+def test_a_difference_is_a_finding(run: Run, served: Path, field: str, value: object, told: str) -> None:
+    """Told with its place; the exit code is that of findings."""
+    lines = [json.loads(line) for line in served.read_text(encoding="utf-8").splitlines()]
+    next(line for line in lines if line.get("end") == 0)[field] = value
+    served.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    result = run("replay", str(served), "--request", "0")
+    assert result.exit_code == 12
+    assert result.stdout.startswith(f"different\n{told}")
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        (("--request", "0", "--model", "digits.gguf"), 7, "of another model"),
+        (("--request", "999"), 7, "no request 999"),
+        (("--request", "0", "--policy", "sjf"), 2, "--policy"),
+        (("--model", "digits.gguf"), 2, "--request"),
+    ],
+)
+def test_a_request_that_cannot_come_again(
+    run: Run, served: Path, given: tuple[str, ...], code: int, told: str
+) -> None:
+    """Is refused with the reason."""
+    result = run("replay", str(served), *given)
+    assert result.exit_code == code
+    assert told in result.stderr.replace("\n", " ")
+
+
+def test_a_simulated_request_has_no_bits(run: Run, journal: Path) -> None:
+    """A journal of no model names none to run."""
+    result = run("replay", str(journal), "--request", "0")
+    assert (result.exit_code, "simulation" in result.stderr) == (7, True)
+
+
+def test_run_writes_a_journal_where_asked(run: Run, tmp_path: Path) -> None:
+    """Samples with seeds of their own, and a stop string; without --journal there is no file."""
+    path = tmp_path / "run.jsonl"
+    given = (
+        "run",
+        "alphabet.gguf",
+        "Hi",
+        "--stop",
+        "f",
+        "--samples",
+        "2",
+        "--temp",
+        "1",
+        "--backend",
+        "numpy",
+    )
+    plain = run(*given)
+    assert list(tmp_path.iterdir()) == []
+    assert run(*given, "--journal", str(path)).stdout == plain.stdout
+    result = run("replay", str(path), "--request", "0")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "equal")
+
+
+def test_a_batch_neither_overwrites_its_files_nor_takes_any_policy(run: Run, tmp_path: Path) -> None:
+    """A journal in the place of the input, and a policy that there is not."""
+    source = write(tmp_path / "in.jsonl", completion("a", "b"))
+    given = ("batch", "alphabet.gguf", "-i", str(source), "-o", str(tmp_path / "out.jsonl"))
+    kept = source.read_bytes()
+    assert run(*given, "--journal", str(source)).exit_code == 2
+    assert run(*given, "--scheduling", "longest").exit_code == 7
+    assert source.read_bytes() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]

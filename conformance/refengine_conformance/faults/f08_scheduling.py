@@ -384,11 +384,9 @@ class HeadOnly(Journal):
 class Roundly(Journal):
     """Writes times in whole seconds."""
 
-    def submit(
-        self, id: int, terms: Terms, time: float, output: int | None = None, positions: int | None = None
-    ) -> None:
+    def submit(self, id: int, terms: Terms, time: float, *given: Any, **named: Any) -> None:
         """To save space."""
-        super().submit(id, terms, round(time), output, positions)
+        super().submit(id, terms, round(time), *given, **named)
 
 
 class Leaking(Simulator):
