@@ -52,16 +52,15 @@ def forecast(plan: EnginePlan, context: int, batch: int, prompt: int | None = No
     Raises:
         ContextLengthError: the plan's KV cache has no room for them.
     """
-    kv_cache, moment = max(
-        _moments(plan, context, batch, context if prompt is None else prompt), key=lambda found: found[0]
-    )
-    vocabulary_bytes = plan.logits_bytes // plan.activations.sizes["R"]
+    row_bytes = plan.logits_bytes // plan.activations.sizes["R"]
+    moments = _moments(plan, context, batch, context if prompt is None else prompt)
+    kv_cache, rows, moment = max(moments, key=lambda found: found[0] + found[1] * row_bytes)
     weights = plan.weights
     peak = Holdings(
         weights=weights.held,
         mapped=weights.mapped + weights.streamed,
         arena=plan.activations.arena_bytes,
-        logits=batch * vocabulary_bytes,
+        logits=rows * row_bytes,
         kv_cache=kv_cache,
     )
     layout = plan.layout
@@ -70,8 +69,8 @@ def forecast(plan: EnginePlan, context: int, batch: int, prompt: int | None = No
     return Forecast(plan, context, batch, peak, moment, position_bytes)
 
 
-def _moments(plan: EnginePlan, context: int, batch: int, prompt: int) -> Iterator[tuple[int, str]]:
-    """KV bytes at every step of the way, and what the step computes."""
+def _moments(plan: EnginePlan, context: int, batch: int, prompt: int) -> Iterator[tuple[int, int, str]]:
+    """KV bytes and rows of logits at every step of the way, and what the step computes."""
     layout = plan.layout
     manager, pools = KVCacheManager(layout), range(len(layout.groups))
     limits = Limits(plan.config.token_budget, plan.config.max_sequences)
@@ -91,7 +90,8 @@ def _moments(plan: EnginePlan, context: int, batch: int, prompt: int) -> Iterato
         for number, tokens in decision.compute:
             manager.grow(number, computed[number] + tokens)
         held = sum(len(manager.segments(g)) * layout.segment_bytes(g) for g in pools)
-        yield held, _words(decision.compute, computed, batch)
+        rows = sum(computed[n] + tokens >= prompt for n, tokens in decision.compute)
+        yield held, rows, _words(decision.compute, computed, batch)
         for number, tokens in decision.compute:
             computed[number] += tokens
             manager.release_passed(number, computed[number])

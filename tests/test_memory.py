@@ -24,6 +24,7 @@ from refengine.memory import FlightRecorder
 from refengine.models import Model
 
 FAMILIES = ["llama", "qwen2", "gemma3"]
+ALL_FAMILIES = ["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma3"]
 KV_DTYPES = [None, "float16", "int8", "int4", "int8/int4"]
 
 
@@ -60,11 +61,12 @@ def sampled(outputs: list[Output]) -> list[object]:
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("policy", ["float32", "float64"])
 @pytest.mark.parametrize("weight_cache", [None, 0])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_what_is_planned_is_what_is_held(
-    model: Model, policy: str, kv_dtype: str | None, batch: int, weight_cache: int | None
+    family: str, policy: str, kv_dtype: str | None, batch: int, weight_cache: int | None
 ) -> None:
     """Every byte by purpose, at the moment when most is held: forecast before loading, counted while running."""
-    context, prompt = 90, 20
+    model, context, prompt = tiny_model(family), 90, 20
     config = EngineConfig(
         policy=policy, kv_dtype=kv_dtype, max_sequences=batch, token_budget=prompt * batch, block_size=4,
         kv_tokens=context * batch + 64, weight_cache=weight_cache,

@@ -60,7 +60,7 @@ def crowd(seed: int = 1) -> list[Request]:
 @pytest.mark.parametrize("swap", [0, 10**9])
 def test_decisions_under_memory_pressure_come_again(scheduling: str, swap: int) -> None:
     """With pre-emption of both kinds and prefix hits; and the load can be let come under another policy."""
-    longer = [replace(r, max_tokens=20, expected_tokens=None) for r in crowd()]
+    longer = [replace(r, max_tokens=16, expected_tokens=None) for r in crowd()]
     config = replace(TIGHT, scheduling=scheduling, swap=swap, prefix_cache=True)
     text, engine = served(longer, config)
     kinds = {event.kind for event in engine.recorder.events}
