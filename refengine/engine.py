@@ -62,6 +62,7 @@ class Engine:
         recorder: the last events of its memory manager.
 
     Raises:
+        RequestError: there is no such scheduling policy.
         MemoryLimitError: the model does not fit ``config.memory``.
         UnsupportedError: the backend cannot compute it.
 
@@ -83,6 +84,7 @@ class Engine:
     ) -> None:
         self.config = config = config or EngineConfig()
         self.model, self.backend, self.tokenizer = model, backend, tokenizer
+        self._queue = scheduler.Queue(scheduler.scheduling_policy(config.scheduling))
         self.plan = plan = plan_engine(model, backend, config)
         self._schedule, self._sample, self._journal = schedule, sample, journal
         if journal is not None:
@@ -104,7 +106,6 @@ class Engine:
         )
         self._peak, self._peak_step = Holdings(), 0
         self._requests: dict[int, set[int]] = {}
-        self._queue = scheduler.Queue(scheduler.scheduling_policy(config.scheduling))
         self._running: list[int] = []  # in order of admission
         self._keep_logits: set[int] = set()  # requests that keep the logits of their prompt
         self._submitted = 0
