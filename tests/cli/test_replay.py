@@ -201,6 +201,10 @@ def test_run_writes_a_journal_where_asked(run: Run, tmp_path: Path) -> None:
     plain = run(*given)
     assert list(tmp_path.iterdir()) == []
     assert run(*given, "--journal", str(path)).stdout == plain.stdout
+    written = path.read_bytes()
+    refused = run(*given, "--journal", str(path))
+    assert (refused.exit_code, path.read_bytes()) == (13, written)
+    assert "another name" in refused.stderr
     result = run("replay", str(path), "--request", "0")
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "equal")
 
