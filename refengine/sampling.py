@@ -33,7 +33,8 @@ class SamplingParams:
         repetition_penalty: logits of tokens seen in prompt or output are divided by it where positive and
             multiplied where negative (Keskar et al., 2019, arXiv:1909.05858); 1 leaves them.
         seed: of the request's own random stream; the same seed gives the same tokens in any batch.
-        logprobs: how many most likely tokens to report with each token; ``None`` reports nothing.
+        logprobs: how many most likely tokens to report with each token, beside its own log-probability;
+            ``None`` reports nothing.
 
     Raises:
         RequestError: a value out of its range.
@@ -65,12 +66,13 @@ class Sampled:
 
     Attributes:
         token: its id.
-        logprob: natural logarithm of its probability under the raw logits, before any parameter.
+        logprob: natural logarithm of its probability under the raw logits, before any parameter; ``None``
+            where nobody asked: over a large vocabulary it costs more than everything else here.
         top_logprobs: the most likely tokens and theirs, in falling order, where asked for.
     """
 
     token: int
-    logprob: float
+    logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
@@ -97,7 +99,7 @@ def sample(logits: NDArray[Any], params: SamplingParams, history: Sequence[int],
         with np.errstate(over="ignore"):  # a tiny temperature leaves only the top
             token = _draw((scores - scores.max()) / params.temperature, params, index)
     if params.logprobs is None:
-        return Sampled(token, float(log_softmax(raw)[token]))
+        return Sampled(token)
     logprobs = log_softmax(raw)
     top = np.lexsort((np.arange(len(raw)), -raw))[: params.logprobs]
     return Sampled(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in top))

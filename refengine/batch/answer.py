@@ -126,7 +126,7 @@ class Teller:
             "text_offset": offsets,
         }
 
-    def _named(self, id: int, logprob: float) -> dict[str, Any]:
+    def _named(self, id: int, logprob: float | None) -> dict[str, Any]:
         return {"token": self._name(id), "logprob": logprob, "bytes": [*self.tokenizer.token_bytes(id)]}
 
     def _name(self, id: int) -> str:

@@ -96,7 +96,7 @@ def run(
             raise click.UsageError("there is no prompt: give PROMPT, or pipe it in")
         converse(model, system, generation, engine, verbose)
         return
-    sampling = replace(generation.sampling, logprobs=logprobs)
+    sampling = replace(generation.sampling, logprobs=0 if as_json and logprobs is None else logprobs)
     generation = replace(generation, sampling=sampling, samples=samples)
     llm, load_s = engine.adjusted(max_sequences=samples).load(model)
     prompt_ids = _prompt_ids(llm, text, system, raw)
@@ -189,7 +189,7 @@ def _print_logprobs(tokenizer: Tokenizer, answer: Answer) -> None:
         [
             (
                 piece(tokenizer, sampled.token),
-                f"{sampled.logprob:.4f}",
+                "" if sampled.logprob is None else f"{sampled.logprob:.4f}",
                 "  ".join(f"{piece(tokenizer, id)} {logprob:.4f}" for id, logprob in sampled.top_logprobs),
             )
             for sampled in answer.sampled

@@ -32,8 +32,10 @@ class Sampler:
         else:
             scores = (scores - scores.max()) / params.temperature
             token = self.drawn(self.kept(self.ranked(scores), scores, params), scores, params, index)
+        if params.logprobs is None:
+            return Sampled(token)
         logprobs = log_softmax(self.reported(raw, scores))
-        top = self.alternatives(raw, scores, params.logprobs or 0)
+        top = self.alternatives(raw, scores, params.logprobs)
         return Sampled(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in top))
 
     def checked(self, raw: Row) -> Row:
