@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from refengine.backend import Backend, WeightPlan
+from refengine.backend import Backend, WeightPlan, select
 from refengine.config import EngineConfig
 from refengine.errors import MemoryLimitError
 from refengine.memory import KVGroupLayout, KVLayout
@@ -34,11 +34,12 @@ class EnginePlan:
     Attributes:
         config: what was asked for.
         policy: its precision policy.
-        program: the decoder, traced for the KV cache's precision.
+        program: the decoder, traced for the KV cache's precision, in the policy's.
         activations: the arena, working memory of the ops included.
         weights: how each weight is held.
         layout: the KV cache; its pools are the most they may grow to.
         logits_bytes: of the logits of one step at most.
+        backend_bytes: what the backend's own code takes, once it is imported.
     """
 
     config: EngineConfig
@@ -48,6 +49,7 @@ class EnginePlan:
     weights: WeightPlan
     layout: KVLayout
     logits_bytes: int
+    backend_bytes: int
 
     @property
     def fixed_bytes(self) -> int:
@@ -57,7 +59,7 @@ class EnginePlan:
     @property
     def process_bytes(self) -> int:
         """What the process takes beside the engine: the constant that a memory limit sets aside."""
-        return PROCESS_BYTES + TOKEN_BYTES * self.program.vocabulary_size
+        return PROCESS_BYTES + self.backend_bytes + TOKEN_BYTES * self.program.vocabulary_size
 
     @property
     def most_bytes(self) -> int:
@@ -104,6 +106,19 @@ def plan_engine(model: Model, backend: Backend, config: EngineConfig) -> EngineP
     return plan
 
 
+def choose_backend(name: str, model: Model, config: EngineConfig) -> Backend:
+    """The backend of this name, or for ``auto`` the fastest that computes the model as configured.
+
+    Raises:
+        BackendError: it is unknown, not installed, or failed to start.
+        UnsupportedError: an unknown policy or KV dtype.
+    """
+    chosen = policy(config.policy)
+    _, sealed = kv_formats(config.kv_dtype, chosen)
+    encodings = {role: tensor.encoding for role, tensor in model.weights.items()}
+    return select(name, model.program_for(chosen, sealed=sealed is not None), chosen, encodings)
+
+
 def most_positions(spec: ModelSpec, config: EngineConfig) -> int:
     """Positions of KV cache that are enough, where nobody says how many are needed."""
     return min(spec.context_length * config.max_sequences, max(spec.context_length, MOST_POSITIONS))
@@ -140,7 +155,7 @@ def _least(model: Model, backend: Backend, config: EngineConfig) -> EnginePlan:
     """The plan that takes least: no weights held that need not be, and the fewest positions of KV cache."""
     chosen = policy(config.policy)
     _, sealed = kv_formats(config.kv_dtype, chosen)
-    program = model.trace(sealed=sealed is not None)
+    program = model.program_for(chosen, sealed=sealed is not None)
     sizes = {
         "T": config.token_budget,
         "S": config.max_sequences,
@@ -156,6 +171,7 @@ def _least(model: Model, backend: Backend, config: EngineConfig) -> EnginePlan:
         backend.plan_weights(program, model.weights, chosen, 0),
         kv_layout(model.spec, config, chosen, positions),
         prod(concrete(program.output.shape, sizes)) * chosen.activations.itemsize,
+        backend.import_bytes,
     )
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refengine import backend as backends
 from refengine import loader
 from refengine.config import EngineConfig
 from refengine.engine import Engine
 from refengine.engine_journal import EngineJournal
+from refengine.engine_plan import choose_backend
 from refengine.errors import ContextLengthError, RefengineError, RequestError
 from refengine.memory import FlightRecorder
 from refengine.memory.heap import trim_heap
@@ -59,7 +59,7 @@ def load(
     Args:
         name: a name in the catalogue (``smollm2``), a path to a GGUF file, or ``owner/repo[:quant]`` on the
             hub; fetched on first use, verified and cached.
-        backend: a backend's name, or ``auto`` for the fastest that can run here.
+        backend: a backend's name, or ``auto`` for the fastest that can run this model here.
         config: limits of the engine.
         progress: told of a download's progress.
         on_limit: called with the engine's flight recorder and the reason when a limit of memory is hit.
@@ -78,7 +78,8 @@ def load(
             "tokenizer.ggml.tokens", f"has {tokens} entries, but the embedding has {rows} rows"
         )
     trim_heap()
-    engine = Engine(model, backends.load(backend), config, tokenizer, on_limit=on_limit, journal=journal)
+    chosen = choose_backend(backend, model, config or EngineConfig())
+    engine = Engine(model, chosen, config, tokenizer, on_limit=on_limit, journal=journal)
     return LLM(model, tokenizer, engine)
 
 

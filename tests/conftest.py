@@ -1,12 +1,16 @@
-"""The real models, fetched once into the user's cache."""
+"""The real models, fetched once into the user's cache; and the golden backend, where a test names no other."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from refengine.backend.selection import VARIABLE
 from refengine.loader import resolve
+
+os.environ[VARIABLE] = "numpy"
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from refengine.backend.info import BackendInfo
 from refengine.backend.protocol import Backend, Device, Executable, KVStorage, MemoryUse
 from refengine.backend.registry import BackendStatus, load, registered
+from refengine.backend.selection import select
 from refengine.backend.weights import WeightPlan
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "WeightPlan",
     "load",
     "registered",
+    "select",
 ]

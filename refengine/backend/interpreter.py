@@ -43,6 +43,7 @@ class InterpretedBackend:
     """
 
     name: str
+    import_bytes = 0
     native: ClassVar[Mapping[str, OpFunction]]
 
     def __init__(self) -> None:
@@ -206,7 +207,7 @@ class InterpretedProgram:
             value = instruction.result
             if placement := self._plan.placements.get(value.index):
                 shape = concrete(value.shape, sizes)
-                nbytes = math.prod(shape) * self._dtype.itemsize
-                place = self._arena[placement.offset : placement.offset + nbytes]
-                places[value.index] = place.view(self._dtype).reshape(shape)
+                dtype = value.dtype or self._dtype
+                place = self._arena[placement.offset : placement.offset + math.prod(shape) * dtype.itemsize]
+                places[value.index] = place.view(dtype).reshape(shape)
         return places

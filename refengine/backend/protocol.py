@@ -110,10 +110,16 @@ class Executable(Protocol):
 class Backend(Protocol):
     """Computes Programs. Found through the entry-point group ``refengine.backends``.
 
+    Attributes:
+        name: what the user types.
+        import_bytes: what its code takes in a process once it is imported and has run: a stated constant,
+            beside all that ``memory`` tells.
+
     Clauses: BCK-1.
     """
 
     name: str
+    import_bytes: int
 
     def devices(self) -> tuple[Device, ...]:
         """The devices it can use, best first."""

@@ -37,7 +37,7 @@ def load(name: str) -> Backend:
     """Import and start a backend.
 
     Args:
-        name: a registered name, or ``auto`` for the fastest that can run here.
+        name: a registered name.
 
     Raises:
         UnknownBackendError: no such name.
@@ -46,9 +46,6 @@ def load(name: str) -> Backend:
 
     Clauses: BCK-13.
     """
-    if name == "auto":
-        usable = [(s.info.priority, s.name) for s in registered() if s.info and not s.problem]
-        name = max(usable, default=(0, "numpy"))[1]
     points = _points(BACKENDS)
     if name not in points:
         near = difflib.get_close_matches(name, points, n=1)

@@ -10,7 +10,8 @@ A weight is held in one of three ways:
     as stored, with the pages of one tile in memory at a time: each use reads it anew, from the system's file
     cache where there is room for that, else from the disk. So a model runs that is larger than the limit.
 
-All three give the same bits: ``linear`` goes by the same tiles in each case.
+All three give the same bits: ``linear`` goes by the same tiles in each case. Matrices that products of the
+mixed policies read are never decoded for good: these take the stored integers, or round what they decode.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from numpy.typing import NDArray
 from refengine.errors import NumericalError
 from refengine.ops import FloatArray, IndexArray
 from refengine.ops.linear import tile_rows
+from refengine.ops.linear_a8 import Groups
 from refengine.ops.scratch import Scratch
 from refengine.program import Policy, Program
-from refengine.quantizer import LazyTensor, decode
+from refengine.quantizer import GROUP, LazyTensor, decode, has_offsets, read_groups
 from refengine.quantizer.decode import CHUNK_WEIGHTS
 
-Holding = Literal["decoded", "mapped", "streamed"]
+Holding = Literal["decoded", "mapped", "streamed", "repacked"]
 
 LOOKUP_ROWS = 64
 """Rows of a streamed table that are looked up at a time: each may bring a window of pages of its own."""
@@ -45,8 +47,8 @@ class PlannedWeight:
     Attributes:
         encoding: as it is stored.
         stored: its bytes in the file.
-        holding: ``decoded``, ``mapped`` or ``streamed``.
-        nbytes: bytes that this takes: decoded, or stored, or of the largest tile.
+        holding: ``decoded``, ``mapped``, ``streamed``; or ``repacked``, in a form of the backend's own.
+        nbytes: bytes that this takes: decoded, repacked or stored, or of the largest tile.
     """
 
     encoding: str
@@ -67,8 +69,9 @@ class WeightPlan:
 
     @property
     def held(self) -> int:
-        """Bytes of decoded weights."""
-        return sum(weight.nbytes for weight in self.weights.values() if weight.holding == "decoded")
+        """Bytes of decoded and repacked weights."""
+        own = ("decoded", "repacked")
+        return sum(weight.nbytes for weight in self.weights.values() if weight.holding in own)
 
     @property
     def mapped(self) -> int:
@@ -92,10 +95,11 @@ def plan_weights(
 ) -> WeightPlan:
     """Choose how each weight of a Program is held, so that all together take ``limit`` bytes at most.
 
-    Without a limit everything is decoded but the tables that are only looked up, which are mapped. Under one,
-    vectors are decoded; then matrices, then tables, are mapped in the order of the program for as long as
-    there is room, and the rest is streamed; what room is left goes to decoding mapped matrices. Where the
-    limit is too small, everything is streamed that can be, and the total shows what is needed.
+    Without a limit everything is decoded but the tables that are only looked up and the matrices of mixed
+    products, which are mapped. Under one, vectors are decoded; then matrices, then tables, are mapped in the
+    order of the program for as long as there is room, and the rest is streamed; what room is left goes to
+    decoding mapped matrices, but those of mixed products. Where the limit is too small, everything is
+    streamed that can be, and the total shows what is needed.
 
     The choice is made once. A step uses every weight in turn, and the next step again: a cache that throws
     out what was used longest ago throws out what is needed next, and never hits. A fixed set always hits.
@@ -104,17 +108,17 @@ def plan_weights(
         weights: by role; those of the program at least.
         limit: bytes; ``None`` for any number.
 
-    Clauses: BCK-15, BCK-16.
+    Clauses: BCK-15, BCK-16, MIX-12.
     """
     itemsize = policy.activations.itemsize
-    tables = _tables(program)
+    tables, stay_stored = _tables(program), _read_as_stored(program)
     used = {leaf.name: weights[leaf.name] for leaf in program.leaves if leaf.kind == "weight"}
     planned = {role: _smallest(tensor, itemsize, role in tables) for role, tensor in used.items()}
     streamed = [role for role, weight in planned.items() if weight.holding == "streamed"]
     matrices = [role for role in streamed if role not in tables]
     tables_last = (*matrices, *(role for role in streamed if role in tables))
     _hold(planned, "mapped", {role: used[role].nbytes for role in tables_last}, limit)
-    mapped = [role for role in matrices if planned[role].holding == "mapped"]
+    mapped = [r for r in matrices if planned[r].holding == "mapped" and r not in stay_stored]
     _hold(planned, "decoded", {role: used[role].size * itemsize for role in mapped}, limit)
     return WeightPlan(MappingProxyType(planned))
 
@@ -137,6 +141,12 @@ def _tables(program: Program) -> frozenset[str]:
     looked_up = {i.operands[1] for i in program if i.op.name == "embedding"}
     computed = {value for i in program if i.op.name != "embedding" for value in i.operands}
     return frozenset(value.name for value in looked_up - computed if value is not None)
+
+
+def _read_as_stored(program: Program) -> frozenset[str]:
+    """The roles of weights that mixed products read."""
+    products = (i.operands[1] for i in program if i.op.name in ("linear_a8", "linear_a16"))
+    return frozenset(value.name for value in products if value is not None)
 
 
 def _smallest(tensor: LazyTensor, itemsize: int, table: bool) -> PlannedWeight:
@@ -223,8 +233,9 @@ class Weights:
 class StoredMatrix:
     """A matrix as it is stored, whose rows become numbers when they are asked for.
 
-    It is a ``TiledMatrix`` for ``linear`` and a table for ``embedding``. The rows of a tile are checked when
-    they are decoded for the first time, and not again.
+    It is a ``TiledMatrix`` for ``linear`` and ``linear_a16``, a ``GroupedMatrix`` for ``linear_a8`` and a
+    table for ``embedding``. The rows of a tile are checked when they are read for the first time, and not
+    again.
 
     Args:
         dtype: of the numbers: float32 or float64.
@@ -247,13 +258,24 @@ class StoredMatrix:
         """
         rows = scratch.empty((stop - start, self.shape[1]), self.dtype)
         _decode_rows(self._stored, self._stored.data[start:stop], rows)
-        if not self._checked[start:stop].all():
-            _check_finite(rows, self._stored.name)
-            self._checked[start:stop] = True
-        if self._streamed:
-            size = _row_bytes(self._stored)
-            self._stored.pages.release(start * size, stop * size)
+        self._check(start, stop, rows)
+        self._release(start, stop)
         return rows
+
+    def groups(self, start: int, stop: int, scratch: Scratch) -> Groups:
+        """Rows ``start`` to ``stop`` as integers, scales and offsets, read into ``scratch``.
+
+        Raises:
+            NumericalError: a scale or an offset is NaN or infinity.
+        """
+        count, columns, encoding = stop - start, self.shape[1], self._stored.encoding
+        integers = scratch.empty((count, columns), np.float32)
+        scales = scratch.empty((columns // GROUP, count), np.float32)
+        offsets = scratch.empty(scales.shape, np.float32) if has_offsets(encoding) else None
+        read_groups(encoding, self._stored.data[start:stop], integers, scales, offsets)
+        self._check(start, stop, scales, offsets)
+        self._release(start, stop)
+        return Groups(integers, scales, offsets)
 
     def __getitem__(self, rows: IndexArray) -> FloatArray:
         """The named rows: ``[n, K]``.
@@ -269,6 +291,18 @@ class StoredMatrix:
             found[some] = self._stored[rows[some]]
             self._stored.pages.release()
         return self._numbers(found)
+
+    def _check(self, start: int, stop: int, *arrays: FloatArray | None) -> None:
+        if not self._checked[start:stop].all():
+            for array in arrays:
+                if array is not None:
+                    _check_finite(array, self._stored.name)
+            self._checked[start:stop] = True
+
+    def _release(self, start: int, stop: int) -> None:
+        if self._streamed:
+            size = _row_bytes(self._stored)
+            self._stored.pages.release(start * size, stop * size)
 
     def _numbers(self, rows: NDArray[np.float32]) -> FloatArray:
         return _check_finite(rows, self._stored.name).astype(self.dtype, copy=False)

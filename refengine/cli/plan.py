@@ -105,8 +105,7 @@ def _summary(
     config = EngineConfig(max_sequences=batch, **fields)
     check_precision(config)
     checkpoint = open_checkpoint(model, offline=offline)
-    from refengine import backend as backends
-    from refengine.engine_plan import plan_engine
+    from refengine.engine_plan import choose_backend, plan_engine
     from refengine.forecast import forecast
     from refengine.models import build
 
@@ -118,7 +117,7 @@ def _summary(
         raise ContextLengthError(f"the model's context is {amount(most, 'position')}, not {context:,}")
     blocks = -(-context // config.block_size)
     config = replace(config, kv_tokens=batch * blocks * config.block_size)
-    chosen = backends.load(backend)
+    chosen = choose_backend(backend, built, config)
     try:
         planned = plan_engine(built, chosen, config)
     except MemoryLimitError as error:  # here, the KV cache has the size that context and batch give it

@@ -44,7 +44,7 @@ def program(model: str, tokens: int | None, policy: str, offline: bool) -> None:
     from refengine.models import build
 
     chosen = programs.policy(policy)
-    traced = build(open_checkpoint(model, offline=offline)).program
+    traced = build(open_checkpoint(model, offline=offline)).program_for(chosen)
     if tokens is None:
         click.echo(harmless(str(traced)))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,7 +89,7 @@ class KVLayout:
 
         Clauses: KVC-14.
         """
-        return sum(keys + values for keys, values in self.layer_bytes(group))
+        return self._block_bytes[group]
 
     def segment_blocks(self, group: int) -> int:
         """Consecutive blocks in a segment: the fewest that fill whole pages."""
@@ -101,6 +102,11 @@ class KVLayout:
     def num_segments(self, group: int) -> int:
         """Segments of a full pool."""
         return -(-self.groups[group].num_blocks // self.segment_blocks(group))
+
+    @cached_property
+    def _block_bytes(self) -> tuple[int, ...]:
+        """Of each pool; asked for in every step."""
+        return tuple(sum(map(sum, self.layer_bytes(group))) for group in range(len(self.groups)))
 
     @property
     def nbytes(self) -> int:

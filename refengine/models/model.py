@@ -14,7 +14,15 @@ from refengine.loader.checkpoint import Checkpoint
 from refengine.models.decoder import forward
 from refengine.models.families import build_spec, family_of
 from refengine.models.spec import LayerSpec, ModelSpec
-from refengine.program import Program, SymbolicWeights, Tracer, Value, symbolic_inputs
+from refengine.program import (
+    Policy,
+    Program,
+    SymbolicWeights,
+    Tracer,
+    Value,
+    apply_policy,
+    symbolic_inputs,
+)
 from refengine.quantizer import LazyTensor
 
 MODEL_WEIGHTS: Mapping[str, str] = MappingProxyType(
@@ -92,6 +100,11 @@ class Model:
     def trace(self, *, sealed: bool) -> Program:
         """One of the two."""
         return self.sealed_program if sealed else self.program
+
+    def program_for(self, chosen: Policy, *, sealed: bool = False) -> Program:
+        """One of the two in a precision policy: what an engine compiles."""
+        encodings = {role: tensor.encoding for role, tensor in self.weights.items()}
+        return apply_policy(self.trace(sealed=sealed), chosen, encodings)
 
 
 def trace(model: Model, tracer: Tracer | None = None, *, sealed: bool = False) -> Program:

@@ -13,6 +13,8 @@ from refengine.ops.arrays import FloatArray, IndexArray
 from refengine.ops.attention import LayerCache, attention, kv_write
 from refengine.ops.elementwise import Activation, add, gated, scale, softcap
 from refengine.ops.linear import embedding, linear
+from refengine.ops.linear_a8 import linear_a8, quantize_a8
+from refengine.ops.linear_a16 import linear_a16
 from refengine.ops.norm import rms_norm
 from refengine.ops.registry import Op, declared
 from refengine.ops.rope import Pairing, rope, rope_table
@@ -27,6 +29,9 @@ OPS: Mapping[str, Op] = MappingProxyType(
         rope_table,
         rms_norm,
         linear,
+        quantize_a8,
+        linear_a8,
+        linear_a16,
         split_heads,
         merge_heads,
         rope,
@@ -61,7 +66,10 @@ __all__ = [
     "kv_seal",
     "kv_write",
     "linear",
+    "linear_a8",
+    "linear_a16",
     "merge_heads",
+    "quantize_a8",
     "rms_norm",
     "rope",
     "rope_table",

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from refengine.ops.signature import Signature, parse_signature
 
 Sharing = Literal["fresh", "in_place", "view", "state"]
@@ -33,6 +36,7 @@ class Op:
         sharing: how the result relates to the first operand's memory.
         workspace: the working memory of the golden function; ``None`` where it needs none. One that needs
             some takes a ``scratch``.
+        dtype: of the result, where that is not the activations'.
 
     Clauses: PRG-4.
     """
@@ -42,14 +46,21 @@ class Op:
     signature: Signature
     sharing: Sharing
     workspace: Workspace | None = None
+    dtype: np.dtype[Any] | None = None
 
 
-def op(signature: str, *, sharing: Sharing = "fresh", workspace: Workspace | None = None) -> Callable[[F], F]:
+def op(
+    signature: str,
+    *,
+    sharing: Sharing = "fresh",
+    workspace: Workspace | None = None,
+    dtype: DTypeLike | None = None,
+) -> Callable[[F], F]:
     """Declare a golden op; the function stays an ordinary function."""
-    parsed = parse_signature(signature)
+    parsed, kind = parse_signature(signature), None if dtype is None else np.dtype(dtype)
 
     def declare(function: F) -> F:
-        function.__dict__["op"] = Op(function.__name__, function, parsed, sharing, workspace)
+        function.__dict__["op"] = Op(function.__name__, function, parsed, sharing, workspace, kind)
         return function
 
     return declare

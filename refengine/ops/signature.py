@@ -4,7 +4,7 @@ One line says what the golden op takes and gives, what the tracer infers and wha
 
 Grammar: operands ``name[dim, …]`` separated by commas, ``?`` after one that may be ``None``; a dim is a
 letter or word (the same word is the same size throughout), a number, or a leading ``...`` (any number of
-axes). A result's dim may also be the product ``A*B`` or the exact quotient ``A/B`` of two words; a word
+axes). A dim may also be the product ``A*B`` or the exact quotient ``A/B`` of two words or numbers; a word
 that names an attribute of the call stands for that attribute's value.
 """
 
@@ -56,6 +56,7 @@ class Signature:
         """
         sizes: dict[str, Dim] = {k: v for k, v in attributes.items() if isinstance(v, int)}
         leading: Shape | None = None
+        compound: list[tuple[Operand, Shape, str, Dim]] = []
         given = [*shapes, *[None] * (len(self.operands) - len(shapes))]
         if len(given) > len(self.operands):
             raise ShapeError(f"{op} takes {len(self.operands)} operands, not {len(given)}: {self.text}")
@@ -74,26 +75,30 @@ class Signature:
             if len(shape) != len(dims):
                 raise self._mismatch(op, operand, shape, leading)
             for dim, size in zip(dims, shape, strict=True):
+                if "*" in dim or "/" in dim:  # its words may be in operands still to come
+                    compound.append((operand, shape, dim, size))
+                    continue
                 expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
                 if expected != size:
                     raise self._mismatch(op, operand, shape, f"{dim} = {expected}")
-        return tuple(self._resolve(op, sizes, leading or ()))
+        for operand, shape, dim, size in compound:
+            if (expected := self._resolve(op, dim, sizes)) != size:
+                raise self._mismatch(op, operand, shape, f"{dim} = {expected}")
+        return tuple(
+            size
+            for dim in self.result
+            for size in ((leading or ()) if dim == "..." else (self._resolve(op, dim, sizes),))
+        )
 
-    def _resolve(self, op: str, sizes: Mapping[str, Dim], leading: Shape) -> list[Dim]:
-        resolved: list[Dim] = []
-        for dim in self.result:
-            if dim == "...":
-                resolved.extend(leading)
-            elif "*" in dim or "/" in dim:
-                left, right = (sizes[word] for word in re.split(r"[*/]", dim))
-                if not (isinstance(left, int) and isinstance(right, int)):
-                    raise ShapeError(f"{op}: {dim} needs numbers, not {left} and {right}: {self.text}")
-                if "/" in dim and (right == 0 or left % right):
-                    raise ShapeError(f"{op}: {left} does not divide into {right} parts: {self.text}")
-                resolved.append(left * right if "*" in dim else left // right)
-            else:
-                resolved.append(int(dim) if dim.isdigit() else sizes[dim])
-        return resolved
+    def _resolve(self, op: str, dim: str, sizes: Mapping[str, Dim]) -> Dim:
+        if "*" not in dim and "/" not in dim:
+            return int(dim) if dim.isdigit() else sizes[dim]
+        left, right = (self._resolve(op, word, sizes) for word in re.split(r"[*/]", dim))
+        if not (isinstance(left, int) and isinstance(right, int)):
+            raise ShapeError(f"{op}: {dim} needs numbers, not {left} and {right}: {self.text}")
+        if "/" in dim and (right == 0 or left % right):
+            raise ShapeError(f"{op}: {left} does not divide into {right} parts: {self.text}")
+        return left * right if "*" in dim else left // right
 
     def _mismatch(self, op: str, operand: Operand, shape: Shape, expected: object) -> ShapeError:
         return ShapeError(f"{op}: {operand.name} has shape {list(shape)}, expected {expected}: {self.text}")

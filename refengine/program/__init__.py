@@ -5,6 +5,7 @@ from __future__ import annotations
 from refengine.program.ir import Instruction, Program, Value, concrete
 from refengine.program.plan import MemoryPlan, Placement, WorkspaceOf, golden_workspace, plan_memory
 from refengine.program.precision import POLICIES, Policy, kv_formats, policy
+from refengine.program.precision_pass import apply_policy
 from refengine.program.step_batch import StepBatch, StepInputs, check_step_batch
 from refengine.program.tracer import SymbolicWeights, Tracer, input_arrays, symbolic_inputs
 
@@ -21,6 +22,7 @@ __all__ = [
     "Tracer",
     "Value",
     "WorkspaceOf",
+    "apply_policy",
     "check_step_batch",
     "concrete",
     "golden_workspace",

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from refengine.ops import OPS, Dim, Op, Shape
 
@@ -22,12 +24,14 @@ class Value:
         name: the input's, weight's or cache's name, or the op that gives it.
         kind: ``input`` (an array of the step), ``weight``, ``state`` (a layer's KV cache) or ``result``.
         shape: numbers and the symbols ``"T"``, ``"S"``, ``"R"`` …
+        dtype: of a result that is not in the policy's activations; ``None`` of all others.
     """
 
     index: int
     name: str
     kind: Kind
     shape: Shape
+    dtype: np.dtype[Any] | None = None
 
     def __str__(self) -> str:
         name = f"%{self.index}" if self.kind == "result" else self.name

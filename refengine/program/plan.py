@@ -40,7 +40,7 @@ class MemoryPlan:
 
     Attributes:
         sizes: the largest size of each symbol that the plan holds for.
-        dtype: of every value.
+        dtype: of every value that has none of its own.
         placements: by the index of a value. A value that shares another's memory (a view, a result that
             overwrites its operand) has that value's offset.
         workspaces: by the position of an instruction: its working memory, where it needs any.
@@ -83,7 +83,7 @@ def plan_memory(
 
     Args:
         program: what will be computed.
-        policy: gives the dtype of every value.
+        policy: gives the dtype of values that have none of their own.
         sizes: the most there may be of T, S and R.
         workspace: tells the working memory of each instruction; ``None`` where none is to be planned.
 
@@ -150,7 +150,7 @@ def _buffers(program: Program, dtype: np.dtype[np.floating], sizes: Mapping[str,
             shared.values.append(result.index)
             holder[result.index] = shared
             continue
-        nbytes = prod(concrete(result.shape, sizes)) * dtype.itemsize
+        nbytes = prod(concrete(result.shape, sizes)) * (result.dtype or dtype).itemsize
         holder[result.index] = _Buffer(aligned(nbytes), at, last, [result.index])
     return list({id(buffer): buffer for buffer in holder.values()}.values())
 

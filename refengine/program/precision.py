@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
 from refengine.errors import UnsupportedError
 from refengine.memory import SealedFormat
 from refengine.quantizer import SEALED_KEYS, SEALED_VALUES
+
+Products = Literal["plain", "a8", "a16"]
+"""How ``linear`` is computed: as it stands; of activations in 8-bit codes and the weights' stored integers;
+or of activations and weights rounded to float16."""
 
 
 @dataclass(frozen=True)
@@ -21,26 +26,30 @@ class Policy:
         name: what the user types.
         activations: dtype of every intermediate value, of decoded weights and of arithmetic.
         kv: dtype in which keys and values are stored.
+        products: how products with weight matrices are computed.
 
-    Clauses: CNV-7, CNV-8, CNV-10.
+    Clauses: CNV-7, CNV-8, CNV-10, MIX-1.
     """
 
     name: str
     activations: np.dtype[np.floating]
     kv: np.dtype[np.floating]
+    products: Products = "plain"
 
 
 _PLAIN = ("float16", "float32", "float64")
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_F16, _F32, _F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         "float64": Policy("float64", activations=_F64, kv=_F64),
         "float32": Policy("float32", activations=_F32, kv=_F32),
+        "mixed8": Policy("mixed8", activations=_F32, kv=_F16, products="a8"),
+        "mixed16": Policy("mixed16", activations=_F32, kv=_F16, products="a16"),
     }
 )
-"""``float64`` is the oracle, ``float32`` the golden default."""
+"""``float64`` is the oracle, ``float32`` the golden default; the mixed ones are for speed."""
 
 
 def policy(name: str) -> Policy:
@@ -74,7 +83,7 @@ def kv_formats(
         return chosen.kv, None
     keys, values = name.split("/") if name.count("/") == 1 else (name, name)
     if keys == values and keys in _PLAIN:
-        if np.dtype(keys).itemsize > chosen.kv.itemsize:
+        if np.dtype(keys).itemsize > chosen.activations.itemsize:
             raise UnsupportedError(
                 f"KV dtype {name} holds more than the policy {chosen.name} computes: leave it out, "
                 f"or choose the policy {keys}"

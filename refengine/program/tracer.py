@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from refengine.ops import OPS, Op, Shape
 from refengine.program.ir import Instruction, Kind, Program, Value
 from refengine.program.step_batch import StepInputs
@@ -24,8 +26,7 @@ class Tracer:
 
     def symbol(self, name: str, kind: Kind, shape: Shape) -> Value:
         """A new value that no instruction gives."""
-        self._defined += 1
-        return Value(self._defined - 1, name, kind, shape)
+        return self._defined_as(name, kind, shape, None)
 
     def __getattr__(self, name: str) -> Callable[..., Value]:
         if name not in OPS:
@@ -37,9 +38,14 @@ class Tracer:
         """The recorded Program."""
         return Program(tuple(self._instructions), output)
 
+    def _defined_as(self, name: str, kind: Kind, shape: Shape, dtype: np.dtype[Any] | None) -> Value:
+        self._defined += 1
+        return Value(self._defined - 1, name, kind, shape, dtype)
+
     def _record(self, op: Op, operands: Sequence[Value | None], attributes: Mapping[str, object]) -> Value:
         shapes = [None if value is None else value.shape for value in operands]
-        result = self.symbol(op.name, "result", op.signature.infer(op.name, shapes, attributes))
+        shape = op.signature.infer(op.name, shapes, attributes)
+        result = self._defined_as(op.name, "result", shape, op.dtype)
         for value in operands:
             if value is not None and (found := re.match(r"layers\.(\d+)\.", value.name)):
                 self._layer = int(found[1])

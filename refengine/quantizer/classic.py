@@ -2,7 +2,8 @@
 
 A decoder takes ``blocks`` [n, block_bytes] and writes ``weights`` [n, 32]. The arithmetic is float32 with one
 rounding per operation, in the order of the formula: ``d * q + m`` rounds the product, then the sum (no fused
-multiply-add). That order defines the bits. A NaN may be any NaN.
+multiply-add). That order defines the bits. A NaN may be any NaN. What the formulas are made of is what the
+functions ``…_parts`` give.
 
 Four-bit fields always lie the same way: the low halves of 16 bytes hold weights 0..15, their high halves
 weights 16..31.
@@ -15,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.quantizer.fields import add, multiply, nibbles, whole
+from refengine.quantizer.fields import nibbles, whole
+from refengine.quantizer.parts import Parts, weigh
 from refengine.quantizer.scales import float16
 
 
@@ -31,8 +33,14 @@ def q4_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-3.
     """
-    weights[...] = nibbles(blocks[:, 2:18]).view(np.int8) - 8
-    multiply(weights, float16(blocks[:, 0:2]))
+    weigh(q4_0_parts(blocks), weights)
+
+
+def q4_0_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q - 8 and scales d."""
+    quants = nibbles(blocks[:, 2:18]).view(np.int8)
+    quants -= 8
+    return Parts(quants, float16(blocks[:, 0:2]))
 
 
 def q4_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -48,9 +56,13 @@ def q4_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-4.
     """
-    weights[...] = nibbles(blocks[:, 4:20])
-    multiply(weights, float16(blocks[:, 0:2]))
-    add(weights, float16(blocks[:, 2:4]))
+    weigh(q4_1_parts(blocks), weights)
+
+
+def q4_1_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q, scales d and offsets m."""
+    quants = nibbles(blocks[:, 4:20]).view(np.int8)
+    return Parts(quants, float16(blocks[:, 0:2]), float16(blocks[:, 2:4]))
 
 
 def q5_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -66,10 +78,16 @@ def q5_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-5.
     """
+    weigh(q5_0_parts(blocks), weights)
+
+
+def q5_0_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q - 16 and scales d."""
     quants = nibbles(blocks[:, 6:22])
     quants |= _bits(blocks[:, 2:6]) << 4
-    weights[...] = quants.view(np.int8) - 16
-    multiply(weights, float16(blocks[:, 0:2]))
+    integers = quants.view(np.int8)
+    integers -= 16
+    return Parts(integers, float16(blocks[:, 0:2]))
 
 
 def q5_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -86,11 +104,14 @@ def q5_1(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-5.
     """
+    weigh(q5_1_parts(blocks), weights)
+
+
+def q5_1_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q, scales d and offsets m."""
     quants = nibbles(blocks[:, 8:24])
     quants |= _bits(blocks[:, 4:8]) << 4
-    weights[...] = quants
-    multiply(weights, float16(blocks[:, 0:2]))
-    add(weights, float16(blocks[:, 2:4]))
+    return Parts(quants.view(np.int8), float16(blocks[:, 0:2]), float16(blocks[:, 2:4]))
 
 
 def q8_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -105,8 +126,12 @@ def q8_0(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-6.
     """
-    weights[...] = whole(blocks[:, 2:34]).view(np.int8)
-    multiply(weights, float16(blocks[:, 0:2]))
+    weigh(q8_0_parts(blocks), weights)
+
+
+def q8_0_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q and scales d."""
+    return Parts(whole(blocks[:, 2:34]).view(np.int8), float16(blocks[:, 0:2]))
 
 
 def _bits(field: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -6,7 +6,8 @@ cut into fields of equal width, the lowest first; field f of a run's 32 bytes ma
 field f + 1 the 32 after them. The tables write that as "run r, field f -> weights ...".
 
 The arithmetic is float32 with one rounding per operation, in the order of the formula; the bracketed products
-are rounded first. That order defines the bits. A NaN may be any NaN.
+are rounded first. That order defines the bits. A NaN may be any NaN. What the formulas are made of is what
+the functions ``…_parts`` give. (The bracketed products, of a float16 and eight bits at most, are exact.)
 
 Source: ggml, ``ggml-common.h`` (``block_q2_K`` to ``block_q6_K``), ``ggml-quants.c`` (``dequantize_row_*``,
 ``get_scale_min_k4``).
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.quantizer.fields import fields, multiply, subtract, whole
+from refengine.quantizer.parts import Parts, weigh
 from refengine.quantizer.scales import float16
 
 
@@ -80,11 +82,15 @@ def q4_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-9.
     """
+    weigh(q4_k_parts(blocks), weights)
+
+
+def q4_k_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q, scales d * s and offsets -(dmin * m)."""
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
-    weights.reshape(-1, 4, 2, 32)[...] = fields(whole(blocks[:, 16:144]).reshape(-1, 4, 32), bits=4)
-    multiply(weights, d * scales)
-    subtract(weights, dmin * minima)
+    quants = fields(whole(blocks[:, 16:144]).reshape(-1, 4, 32), bits=4)
+    return Parts(quants.view(np.int8).reshape(-1, 256), d * scales, -(dmin * minima))
 
 
 def q5_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -102,13 +108,16 @@ def q5_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-10.
     """
+    weigh(q5_k_parts(blocks), weights)
+
+
+def q5_k_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q, scales d * s and offsets -(dmin * m)."""
     d, dmin = float16(blocks[:, 0:2]), float16(blocks[:, 2:4])
     scales, minima = _six_bit_pairs(blocks[:, 4:16])
     quants = fields(whole(blocks[:, 48:176]).reshape(-1, 4, 32), bits=4).reshape(-1, 8, 32)
     quants |= fields(whole(blocks[:, 16:48]), bits=1) << 4
-    weights.reshape(-1, 8, 32)[...] = quants
-    multiply(weights, d * scales)
-    subtract(weights, dmin * minima)
+    return Parts(quants.view(np.int8).reshape(-1, 256), d * scales, -(dmin * minima))
 
 
 def q6_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
@@ -125,11 +134,16 @@ def q6_k(blocks: NDArray[np.uint8], weights: NDArray[np.float32]) -> None:
 
     Clauses: ENC-11.
     """
-    d, scales = float16(blocks[:, 208:210]), blocks[:, 192:208].view(np.int8)
+    weigh(q6_k_parts(blocks), weights)
+
+
+def q6_k_parts(blocks: NDArray[np.uint8]) -> Parts:
+    """Integers q - 32, their factors s, and scales d."""
     quants = fields(whole(blocks[:, 0:128]).reshape(-1, 2, 64), bits=4).reshape(-1, 8, 32)
     quants |= fields(whole(blocks[:, 128:192]).reshape(-1, 2, 32), bits=2).reshape(-1, 8, 32) << 4
-    weights.reshape(-1, 8, 32)[...] = quants.view(np.int8) - 32
-    multiply(weights, d * scales)
+    integers = quants.view(np.int8).reshape(-1, 256)
+    integers -= 32
+    return Parts(integers, float16(blocks[:, 208:210]), factors=blocks[:, 192:208].view(np.int8))
 
 
 def _six_bit_pairs(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -17,6 +17,8 @@ from refengine.ops.signature import parse_signature
         ("x[T, N] -> [T, heads, N/heads]", [("T", 12)], {"heads": 3}, ("T", 3, 4)),
         ("x[T, H, D] -> [T, H*D]", [("T", 3, 4)], {}, ("T", 12)),
         ("p[T] -> [T, 2]", [("T",)], {}, ("T", 2)),
+        ("x[T, K] -> [T, K/32, 48]", [("T", 64)], {}, ("T", 2, 48)),
+        ("c[T, K/32, 48], w[N, K] -> [T, N]", [("T", 2, 48), (5, 64)], {}, ("T", 5)),
     ],
 )
 def test_infers_the_result(text: str, shapes: list, attributes: dict, expected: tuple) -> None:
@@ -35,6 +37,9 @@ def test_infers_the_result(text: str, shapes: list, attributes: dict, expected: 
         ("x[T, N] -> [T, heads, N/heads]", [("T", 13)], {"heads": 3}),
         ("x[T, N] -> [T, heads, N/heads]", [("T", 12)], {"heads": 0}),
         ("x[T, 2] -> [T]", [("T", 3)], {}),
+        ("c[T, K/32, 48], w[N, K] -> [T, N]", [("T", 3, 48), (5, 64)], {}),
+        ("c[T, K/32, 48], w[N, K] -> [T, N]", [("T", 2, 48), (5, 65)], {}),
+        ("x[T, K] -> [T, K/32, 48]", [("T", 65)], {}),
     ],
 )
 def test_refuses_what_does_not_fit(text: str, shapes: list, attributes: dict) -> None:

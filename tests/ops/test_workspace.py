@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixed_products import stored_matrix
 
 from refengine import ops
+from refengine.backend.weights import StoredMatrix
 from refengine.errors import MemoryManagerError
 from refengine.ops import OPS, LayerCache
 from refengine.ops.linear import tile_rows
 from refengine.ops.matmul import BASE_WIDTHS
 from refengine.ops.scratch import Scratch
+from refengine.quantizer import encoding
 
 TOKENS = st.integers(1, 300)
 
@@ -34,6 +37,13 @@ class Encoded:
         rows[...] = self._numbers[start:stop]
         self.tiles.append(stop - start)
         return rows
+
+
+def stored(name: str, rows: int, columns: int) -> StoredMatrix:
+    """A matrix of any bytes but for its scales, 8 bits of which are zero."""
+    data = np.random.default_rng(0).integers(0, 256, (rows, encoding(name).row_bytes(columns)), np.uint8)
+    data.reshape(rows, -1, encoding(name).block_bytes)[..., 1:4:2] = 1
+    return stored_matrix(name, data)
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -73,6 +83,12 @@ CASES: dict[str, tuple[Callable[[int], list[Any]], dict[str, Any]]] = {
     "rope": (lambda t: [numbers(t, 9, 64), numbers(t, 48)], {"pairing": "halves"}),
     "linear": (lambda t: [numbers(t, 300), Encoded(numbers(2000, 300))], {}),
     "linear ": (lambda t: [numbers(t, 3000), Encoded(numbers(50, 3000)), numbers(50)], {}),
+    "quantize_a8": (lambda t: [numbers(t, 576)], {}),
+    "quantize_a8 ": (lambda t: [numbers(t, 40_000)], {}),
+    "linear_a8": (lambda t: [ops.quantize_a8(numbers(t, 320)), stored("q4_1", 2000, 320)], {}),
+    "linear_a8 ": (lambda t: [ops.quantize_a8(numbers(t, 3072)), stored("q5_k", 50, 3072), numbers(50)], {}),
+    "linear_a16": (lambda t: [numbers(t, 300), Encoded(numbers(2000, 300))], {}),
+    "linear_a16 ": (lambda t: [numbers(t, 3000), numbers(50, 3000), numbers(50)], {}),
     "attention": (lambda t: attention_operands(t, 700, (9, 3, 64)), {"scale": 0.1}),
     "attention ": (lambda t: attention_operands(t, 30, (12, 12, 40)), {"scale": 0.1, "window": 9}),
 }
