@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterable
-from itertools import accumulate, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from refengine.errors import (
     TokenIdError,
 )
 from refengine.memory import FlightRecorder, KVCacheManager, KVGroupLayout
+from refengine.memory.block_table import slots_of
 from refengine.memory.heap import trim_heap
 from refengine.memory.prefix_cache import PrefixCache
 from refengine.memory_report import Holdings, MemoryReport, report
@@ -158,16 +160,26 @@ class Engine:
         """Advance by one step; returns an output for every token sampled and every sample ended in it.
 
         What fails ends the requests that it concerns, with its cause, and no others.
+
+        Raises:
+            OutputError: the journal could not be written since the last step; the next goes on without it.
         """
+        if self._journal is not None:
+            self._journal.check()
         if not self.has_work:
             return []
         self.recorder.step += 1
         compute = self._decide()
-        for number in [n for n, _ in compute if n in self._queue]:
+        running = set(self._running)
+        admitted = [number for number, _ in compute if number not in running]
+        for number in admitted:
             self._queue.admit(number)
             self._running.append(number)
             self.recorder.record("admit", request=number, cached=self._sequences[number].computed)
         try:
+            for number in admitted:
+                if self._cache.is_swapped(number):
+                    self._cache.swap_in(number)
             batch, wanted = self._build_batch(compute)
             self._cache.settle()
             logits = self._executable.run(batch)
@@ -220,6 +232,8 @@ class Engine:
         self._queue.fork(number, child)
         self._running.insert(self._running.index(number) + 1, child)
         self.recorder.record("fork", parent=number, child=child)
+        if self._journal is not None:
+            self._journal.fork(child, number, parent.generated, token, seed)
         return child
 
     def abort(self, number: int) -> Output | None:
@@ -306,14 +320,17 @@ class Engine:
         Where pre-empting has freed less than hoped, because others hold the same blocks, it is asked again.
         """
         while True:
-            adopted = self._adopt_prefixes()
-            decision = self._schedule_step()
-            if adopted and (decision.preempt or not decision.compute):
-                # nobody is admitted: what waits may not hold blocks, and the first in the queue may lack them
-                self._return(adopted)
-                adopted, decision = [], self._schedule_step()
-            computed = {number for number, _ in decision.compute}
-            self._return(number for number in adopted if number not in computed)
+            adopted: dict[int, scheduler.Blocks] = {}
+            decision = self._schedule_step(adopted)
+            if adopted:
+                computed = {number for number, _ in decision.compute}
+                left = [number for number in adopted if number not in computed]
+                if left and decision.preempt:
+                    # of a policy that pre-empts by rank: what waits held blocks that were not to be had then
+                    self._return(adopted)
+                    decision = self._schedule_step()
+                else:
+                    self._return(left)
             for number in decision.preempt:
                 self._preempt(number, swap=number in decision.swap)
             if decision.compute:
@@ -323,19 +340,67 @@ class Engine:
                     "no request can advance, although each alone would fit: a scheduler's bug"
                 )
 
-    def _schedule_step(self) -> scheduler.Decision:
+    def _schedule_step(self, adopted: dict[int, scheduler.Blocks] | None = None) -> scheduler.Decision:
+        """One decision.
+
+        Args:
+            adopted: gets those waiting requests that were given the cached blocks of their beginnings when
+                the scheduler looked at them, and how many free blocks of each pool these were; ``None`` where
+                nobody is to be given any.
+        """
         if self._journal is not None:
             self._journal.decide(self.recorder.step)
+        missing: scheduler.Missing = self._memory.missing
+        waiting: Iterable[int] = self._queue
+        free = self._memory.free_blocks
+        if adopted is not None and self.config.prefix_cache and self._places_left() > 0:
+            waiting = self._adopting(adopted)
+            missing = partial(self._missing, adopted)
         return self._schedule(
-            [self._job(n) for n in self._running],
-            map(self._job, self._queue),
+            list(self._jobs(self._running, missing)),
+            self._jobs(waiting, missing),
             scheduler.Limits(self._budget(), self.config.max_sequences),
-            self._memory.free_blocks,
-            self._memory.missing,
+            free,
+            missing,
             self._memory.reclaimable,
             policy=self._queue.policy,
             host=self._host(),
         )
+
+    def _places_left(self) -> int:
+        return self.config.max_sequences - sum([self._sequences[n].places for n in self._running])
+
+    def _adopting(self, adopted: dict[int, scheduler.Blocks]) -> Iterator[int]:
+        """Those that wait, each with the cached blocks of its beginning from when it is looked at."""
+        for number in self._queue:
+            sequence = self._sequences[number]
+            if not self._cache.is_swapped(number):
+                before = self._memory.free_blocks
+                sequence.computed = self._memory.adopt(
+                    number,
+                    sequence.tokens,
+                    sequence.request.cache_salt,
+                    sequence.first_logits,
+                    again=sequence.looked_up,
+                )
+                sequence.looked_up = True
+                if sequence.computed:
+                    after = self._memory.free_blocks
+                    adopted[number] = tuple([b - a for b, a in zip(before, after, strict=True)])
+            yield number
+
+    def _missing(self, adopted: Mapping[int, scheduler.Blocks], number: int, tokens: int) -> scheduler.Blocks:
+        """Free blocks that a request takes to hold so many positions, with those that it has adopted."""
+        needed = self._memory.missing(number, tokens)
+        if (taken := adopted.get(number)) is None:
+            return needed
+        return tuple([n + t for n, t in zip(needed, taken, strict=True)])
+
+    def _return(self, numbers: Iterable[int]) -> None:
+        """Take adopted blocks back from requests that are not admitted."""
+        for number in numbers:
+            self._memory.release(number)
+            self._sequences[number].computed = 0
 
     def _host(self) -> scheduler.HostPool | None:
         """Room for the blocks of the pre-empted, and what it costs to use it."""
@@ -354,24 +419,22 @@ class Engine:
         if not self._keep_logits:
             return self.config.token_budget
         unwanted = 0
-        if len(self._sequences) == 1:
-            (only,) = self._sequences.values()
+        if len(self._sequences) == 1 and (self._running or not self.config.prefix_cache):
+            (only,) = self._sequences.values()  # that will adopt nothing any more
             unwanted = only.first_logits - only.computed
         return min(self.config.token_budget, max(unwanted, 0) + self.config.rows)
 
-    def _job(self, number: int) -> scheduler.Job:
-        sequence = self._sequences[number]
-        reserve: scheduler.Blocks = ()
-        if (expected := sequence.request.expected_tokens) is not None:
-            reserve = self._memory.missing(number, len(sequence.request.prompt) + expected)
-        return scheduler.Job(
-            number,
-            len(sequence.tokens),
-            sequence.computed,
-            sequence.places,
-            reserve,
-            self._queue.terms(number),
-        )
+    def _jobs(self, numbers: Iterable[int], missing: scheduler.Missing) -> Iterator[scheduler.Job]:
+        """Requests as the scheduler sees them."""
+        terms = self._queue.terms
+        for number in numbers:
+            sequence = self._sequences[number]
+            reserve: scheduler.Blocks = ()
+            if sequence.expected is not None:
+                reserve = missing(number, sequence.expected)
+            yield scheduler.Job(
+                number, len(sequence.tokens), sequence.computed, sequence.places, reserve, terms(number)
+            )
 
     def _terms(self, number: int, request: Request) -> scheduler.Terms:
         expected = request.max_tokens if request.expected_tokens is None else request.expected_tokens
@@ -386,61 +449,40 @@ class Engine:
             deadline=request.deadline,
         )
 
-    def _adopt_prefixes(self) -> list[int]:
-        """Give the requests that may be admitted next the cached blocks of their beginnings."""
-        if not self.config.prefix_cache:
-            return []
-        places = self.config.max_sequences - sum(self._sequences[n].places for n in self._running)
-        adopted = []
-        for number in list(islice(self._queue, max(places, 0))):
-            sequence = self._sequences[number]
-            if self._cache.is_swapped(number):
-                continue
-            sequence.computed = self._memory.adopt(
-                number,
-                sequence.tokens,
-                sequence.request.cache_salt,
-                sequence.first_logits,
-                again=sequence.looked_up,
-            )
-            sequence.looked_up = True
-            if sequence.computed:
-                adopted.append(number)
-        return adopted
-
-    def _return(self, numbers: Iterable[int]) -> None:
-        """Take adopted blocks back from requests that are not admitted."""
-        for number in numbers:
-            self._memory.release(number)
-            self._sequences[number].computed = 0
-
     def _build_batch(self, compute: abc.Sequence[tuple[int, int]]) -> tuple[StepBatch, list[int]]:
         """The step's arrays, and how many rows of logits each sequence has of it."""
-        spans: list[tuple[int, int, int]] = []
+        sequences, grow = self._sequences, self._memory.grow
         tokens: list[int] = []
+        stops: list[int] = []
         wanted: list[int] = []
         for number, count in compute:
-            sequence = self._sequences[number]
-            start, stop = sequence.computed, sequence.computed + count
-            if self._cache.is_swapped(number):
-                self._cache.swap_in(number)
-            self._memory.grow(number, stop)
-            wanted.append(min(count, max(stop - sequence.first_logits, 0)))
-            tokens += sequence.tokens[start:stop]
-            spans.append((number, start, stop))
-        pools = range(len(self._pools))
+            sequence = sequences[number]
+            known = sequence.tokens
+            stop = sequence.computed + count
+            grow(number, stop)
+            stops.append(stop)
+            if count == 1 and stop == len(known):  # it is decoding, as most are in most steps
+                tokens.append(known[-1])
+                wanted.append(1)
+            else:
+                tokens += known[stop - count : stop]
+                wanted.append(min(count, max(stop - sequence.first_logits, 0)))
         numbers = [number for number, _ in compute]
-        counts = _int32([count for _, count in compute])
-        query_starts = _int32([0, *accumulate(counts.tolist())])
-        context_lens = _int32([stop for _, _, stop in spans])
+        counts, context_lens = _int32([count for _, count in compute]), _int32(stops)
+        query_starts = np.zeros(len(compute) + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        positions = _last(context_lens, counts)
+        tables = tuple([self._memory.padded_tables(numbers, g) for g in range(len(self._pools))])
+        rows = np.arange(len(compute)).repeat(counts)
+        size = self.plan.layout.block_size
         batch = StepBatch(
             token_ids=_int32(tokens),
-            positions=_last(context_lens, counts),
+            positions=positions,
             query_starts=query_starts,
             context_lens=context_lens,
             logit_rows=_last(query_starts[1:], _int32(wanted)),
-            slot_mapping=tuple(self._memory.slots(spans, g) for g in pools),
-            block_tables=tuple(self._memory.padded_tables(numbers, g) for g in pools),
+            slot_mapping=tuple([slots_of(table, rows, positions, size) for table in tables]),
+            block_tables=tables,
         )
         return batch, wanted
 
@@ -525,7 +567,7 @@ class Engine:
         if not siblings:
             del self._requests[sequence.request_number]
         if self._journal is not None:
-            self._journal.end(number, reason, sequence.generated)
+            self._journal.end(number, reason, sequence.generated, sequence.places)
 
     def _held(self, logits: int) -> Holdings:
         use = self.backend.memory()
@@ -546,5 +588,6 @@ def _int32(values: abc.Sequence[int]) -> IndexArray:
 
 def _last(ends: IndexArray, counts: IndexArray) -> IndexArray:
     """For each of ``ends``, the last ``counts`` whole numbers below it; one after the other."""
-    stops = np.cumsum(counts, dtype=np.int32)
-    return np.repeat(ends - stops, counts) + np.arange(stops[-1], dtype=np.int32)
+    stops = counts.cumsum(dtype=np.int32)
+    numbers: IndexArray = (ends - stops).repeat(counts) + np.arange(stops[-1], dtype=np.int32)
+    return numbers

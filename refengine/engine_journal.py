@@ -6,6 +6,10 @@ A journal as `refengine.simulation.journal` describes it, with more in three kin
   ``policy``, ``kv_dtype`` and ``block_size`` of the config: what a request's bits depend on.
 - ``submit``: ``request``, the fields of ``Request``.
 - ``end``: ``tokens`` and ``sha256``, of what the sample was drawn from and what was drawn. See `Transcript`.
+
+Where a line cannot be written, the journal ends with the line before it, and the engine holds what it should.
+Then either the engine's next step raises, and those after it go on without a journal; or somebody asked to be
+told instead, and the engine goes on at once.
 """
 
 from __future__ import annotations
@@ -14,17 +18,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from hashlib import sha256
-from typing import Any, TextIO
+from typing import Any
 
 from refengine.config import EngineConfig
-from refengine.errors import FormatError
+from refengine.errors import FormatError, OutputError
 from refengine.memory import KVLayout
 from refengine.models import Model
 from refengine.ops import FloatArray
 from refengine.request import Request
 from refengine.sampling import SamplingParams
 from refengine.scheduler import Decision, Terms
-from refengine.simulation import Journal
+from refengine.simulation import Journal, LineStream
 
 CHUNK = 2**24
 """Bytes of weights hashed at once; no more of a mapped file is in memory for it."""
@@ -37,6 +41,8 @@ class Transcript:
 
     Attributes:
         tokens: what was sampled.
+
+    Clauses: JRN-2.
     """
 
     def __init__(self) -> None:
@@ -59,16 +65,29 @@ class EngineJournal:
     """Writes down what an engine does. Give it to one engine only.
 
     Args:
-        stream: gets the lines.
+        stream: gets the lines, each in one piece; what it raises ends the journal.
         model: by which name or path it was asked for.
         clock: seconds; the journal's begin with 0.
+        on_failure: called once, with the reason, where a line cannot be written, and the engine goes on;
+            ``None`` to have the engine raise it.
+
+    Attributes:
+        failure: why a line could not be written; ``None`` while all have been.
+
+    Clauses: JRN-1, JRN-6, JRN-7.
     """
 
     def __init__(
-        self, stream: TextIO, model: str | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: LineStream,
+        model: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[OutputError], None] | None = None,
     ) -> None:
-        self._stream, self._model, self._clock = stream, model, clock
+        self._stream, self._model, self._clock, self._on_failure = stream, model, clock, on_failure
         self._transcripts: dict[int, Transcript] = {}
+        self._lines, self._told = 0, False
+        self.failure: OutputError | None = None
 
     def begin(
         self,
@@ -78,7 +97,11 @@ class EngineJournal:
         layout: KVLayout,
         schedule: Callable[..., Decision],
     ) -> Callable[..., Decision]:
-        """An engine starts; returns the same schedule, whose decisions are written down."""
+        """An engine starts; returns the same schedule, whose decisions are written down.
+
+        Raises:
+            OutputError: not even the first line can be written.
+        """
         engine = {
             "model": self._model,
             "fingerprint": fingerprint(model),
@@ -88,8 +111,33 @@ class EngineJournal:
             "block_size": config.block_size,
         }
         self._start = self._clock()
-        self._journal = Journal(self._stream, config.scheduling, layout, engine=engine)
+        self._journal = Journal(self, config.scheduling, layout, engine=engine)
+        self.check()
         return self._journal.recording(schedule)
+
+    def write(self, line: str) -> None:
+        """A line is complete: hand it on, unless one before it could not be."""
+        if self.failure is not None:
+            return
+        try:
+            self._stream.write(line)
+            self._lines += 1
+        except (OSError, ValueError) as error:  # the disk is full; the stream is closed
+            self.failure = OutputError(self._reason(error))
+            self._transcripts.clear()
+            if self._on_failure is not None:
+                self._told = True
+                self._on_failure(self.failure)
+
+    def check(self) -> None:
+        """Raise the failure, if there is one of which nobody has been told.
+
+        Raises:
+            OutputError: a line could not be written.
+        """
+        if self.failure is not None and not self._told:
+            self._told = True
+            raise self.failure
 
     def decide(self, step: int) -> None:
         """The next decision is one of this step, and is made now."""
@@ -105,18 +153,34 @@ class EngineJournal:
         }
         self._journal.submit(number, terms, self._now(), request=content)
 
+    def row(self, number: int, custom_id: str, part: int) -> None:
+        """A request belongs to a row of a batch, and is its part with this place, from 0."""
+        self._journal.row(number, custom_id, part)
+
+    def fork(self, number: int, parent: int, generated: int, token: int | None, seed: int | None) -> None:
+        """A sequence goes on from another, which has generated so much; see ``Engine.fork``."""
+        self._journal.fork(number, parent, self._now(), generated, token, seed)
+
     def sampled(self, number: int, logits: FloatArray, token: int) -> None:
         """A sequence got a token."""
-        self._transcripts.setdefault(number, Transcript()).add(logits, token)
+        if self.failure is None:
+            self._transcripts.setdefault(number, Transcript()).add(logits, token)
 
-    def end(self, number: int, reason: str, generated: int) -> None:
-        """A sequence ended."""
+    def end(self, number: int, reason: str, generated: int, samples: int = 1) -> None:
+        """A sequence ended, and with it all samples that it stood for."""
         transcript = self._transcripts.pop(number, None) or Transcript()
         told = {"tokens": transcript.tokens, "sha256": transcript.digest}
-        self._journal.end(number, reason, self._now(), generated, transcript=told)
+        self._journal.end(number, reason, self._now(), generated, transcript=told, samples=samples)
 
     def _now(self) -> float:
         return self._clock() - self._start
+
+    def _reason(self, error: OSError | ValueError) -> str:
+        name = getattr(self._stream, "name", None)
+        named = f"the journal {name}" if isinstance(name, str) else "the journal"
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        kept = f"Its first {self._lines:,} lines are whole and stay; what came after is not in it."
+        return f"{named} cannot be written: {why}\n{kept if self._lines else 'Nothing of it is there.'}"
 
 
 def fingerprint(model: Model) -> str:

@@ -138,7 +138,10 @@ class BackendFailedError(BackendError):
 
 
 class OutputError(RefengineError):
-    """A file cannot be written; nothing half-made is left behind, and an older one is as it was."""
+    """A file cannot be written; nothing half-made is left behind, and an older one is as it was.
+
+    A file that grows by lines, as a journal does, keeps those that are whole.
+    """
 
     exit_code = 13
 

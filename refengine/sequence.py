@@ -24,6 +24,7 @@ class Sequence:
         tokens: ids of prompt and output.
         computed: how many of these are in the KV cache.
         places: sequences that it stands for: all samples of a request until its prompt is computed.
+        expected: positions that it is expected to take; ``None`` where nobody knows.
         looked_up: whether the prefix cache was asked for it.
         sampling: the request's, with a seed of this sample's own.
         prompt_logits: the logits kept so far, in order of position.
@@ -34,6 +35,8 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.computed = 0
         self.places = 1 if sample else request.samples
+        more = request.expected_tokens
+        self.expected = None if more is None else len(request.prompt) + more
         self.looked_up = False
         self.sampling = replace(request.sampling, seed=request.sampling.seed + sample)
         self.prompt_logits: list[FloatArray] = []

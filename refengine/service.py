@@ -26,7 +26,7 @@ class Ticket:
 
     def __init__(self, number: int, samples: int, abort: Callable[[int], None]) -> None:
         self.number = number
-        self._abort, self._unfinished = abort, samples
+        self._abort, self._unfinished = abort, set(range(samples))
         self._outputs: deque[Output] = deque()
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
@@ -77,9 +77,9 @@ class Ticket:
     def _deliver(self, output: Output) -> None:
         with self._changed:
             if output.finish_reason == "abort":
-                self._unfinished = 0
+                self._unfinished.clear()
             elif output.finish_reason:
-                self._unfinished -= 1
+                self._unfinished.discard(output.sample)
             self._outputs.append(output)
             self._changed.notify_all()
             listeners = list(self._listeners)
@@ -92,6 +92,9 @@ class EngineService:
 
     Use as a context manager; leaving it aborts what is unfinished. The engine is touched by the service's
     thread alone.
+
+    Where the engine itself fails, every request that is under way ends with the cause, and those that come
+    later are served. A journal that cannot be written is such a failure, unless it has somebody to tell.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -169,7 +172,7 @@ class EngineService:
                 Output(number, None, "", "error", sample, error)
                 for number, ticket in self._tickets.items()
                 if self._engine.abort(number)
-                for sample in range(ticket._unfinished)
+                for sample in sorted(ticket._unfinished)
             ]
 
     def _run(self) -> None:

@@ -14,7 +14,7 @@ import refengine
 ROOT = Path(refengine.__file__).parent
 
 FLOORS = [
-    {"errors"},
+    {"errors", "whole_lines"},
     {"quantizer", "ops", "memory", "scheduler", "specification"},
     {"program", "simulation"},
     {"loader", "tokenizer"},

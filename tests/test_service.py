@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny_model import tiny_model
 
-from refengine import Engine, EngineConfig, Request, SamplingParams
+from refengine import Engine, EngineConfig, Output, Request, SamplingParams
 from refengine.backend import load
-from refengine.errors import RequestError, TokenIdError
+from refengine.engine_journal import EngineJournal
+from refengine.errors import OutputError, RequestError, TokenIdError
 from refengine.service import EngineService, Ticket
 
 REQUESTS = [
@@ -124,3 +125,67 @@ def test_closing_ends_what_is_unfinished() -> None:
         ticket = service.submit(Request((1, 2, 3), 240))
     *_, last = ticket
     assert last.finish_reason == "abort"
+
+
+class FullDisk:
+    """Takes some lines, and then none."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, line: str) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_ends_what_is_under_way_or_is_told(alone: list[list[tuple[int, int]]]) -> None:
+    """Each sample that is unfinished gets the cause, and the next request is served; or only one is told."""
+    number = 7
+    request = REQUESTS[number]
+    for told in (None, list[OutputError]()):
+        journal = EngineJournal(FullDisk(3), on_failure=None if told is None else told.append)
+        recorded = Engine(
+            tiny_model("gemma3"),
+            load("numpy"),
+            EngineConfig(block_size=4, token_budget=16, max_sequences=4),
+            journal=journal,
+        )
+        with EngineService(recorded) as service:
+            outputs = list(service.submit(request))
+            failed = [output for output in outputs if output.finish_reason == "error"]
+            if told is None:
+                assert sorted(output.sample for output in failed) == list(range(request.samples))
+                assert all(isinstance(output.error, OutputError) for output in failed)
+                assert tokens(service.submit(request)) == alone[number]
+            else:
+                assert (failed, len(told)) == ([], 1)
+                assert sorted((o.sample, o.sampled.token) for o in outputs if o.sampled) == alone[number]
+
+
+def test_a_failure_of_the_engine_ends_the_samples_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those and no others, each once: samples that have ended are not told of again."""
+    failing = engine()
+    step = failing.step
+
+    def once_it_fails() -> list[Output]:
+        outputs = step()
+        if not any(output.finish_reason for output in outputs):
+            return outputs
+        monkeypatch.setattr(failing, "step", broken)
+        return outputs
+
+    def broken() -> list[Output]:
+        monkeypatch.setattr(failing, "step", step)
+        raise ArithmeticError("the engine is broken")
+
+    monkeypatch.setattr(failing, "step", once_it_fails)
+    # the three samples end at different tokens: their stop ids are what others draw later
+    request = Request(
+        (1, 2, 3), 40, SamplingParams(temperature=1.5, seed=1), frozenset(range(0, 97, 6)), samples=3
+    )
+    with EngineService(failing) as service:
+        outputs = list(service.submit(request))
+    ends = [(output.sample, output.finish_reason) for output in outputs if output.finish_reason]
+    assert sorted(sample for sample, _ in ends) == [0, 1, 2]
+    assert {reason for _, reason in ends} == {"stop", "error"}

@@ -12,7 +12,7 @@ from refengine.batch.fingerprint import fingerprint
 from refengine.batch.input_file import InputFile
 from refengine.batch.output_file import OutputFile
 from refengine.batch.read_ahead import ReadAhead
-from refengine.batch.resume import Resumption, pending, resume
+from refengine.batch.resume import Resumption, forget_errors, pending, resume
 from refengine.batch.row import Fault, Row, parse_row
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Tally",
     "Teller",
     "fingerprint",
+    "forget_errors",
     "parse_row",
     "pending",
     "prepare",

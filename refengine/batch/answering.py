@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from refengine.batch.answer import SERVER_ERROR, Choice, Teller, failure
 from refengine.batch.body import Prepared, refusal
 from refengine.batch.read_ahead import ReadAhead
-from refengine.batch.row import Fault
+from refengine.batch.row import Fault, Row
 from refengine.engine import Engine
 from refengine.errors import RequestError
 from refengine.request import Output, Request
@@ -50,10 +50,11 @@ class _Answer:
 
 
 class _Part(NamedTuple):
-    """One request of a row; ``first`` is the place of its first sample among the row's."""
+    """The ``place``-th request of a row; ``first`` is the place of its first sample among the row's."""
 
     answer: _Answer
     request: Request
+    place: int
     first: int
 
 
@@ -69,6 +70,7 @@ class BatchRun:
         teller: makes rows of answers.
         write: gets each row of the output, and whether it tells an error.
         tally: counts what has been done.
+        note: told the number of each request, its row, and which of the row's requests it is.
         clock: seconds since 1970.
     """
 
@@ -80,9 +82,11 @@ class BatchRun:
         write: Callable[[Mapping[str, Any], bool], None],
         tally: Tally,
         clock: Callable[[], float] = time.time,
+        *,
+        note: Callable[[int, Row, int], None] = lambda number, row, place: None,
     ) -> None:
         self._engine, self._work, self._teller, self._write = engine, work, teller, write
-        self._tally, self._clock = tally, clock
+        self._tally, self._clock, self._note = tally, clock, note
         self._queued = deque[_Part]()
         self._running = dict[int, _Part]()
         self._places = 0
@@ -92,7 +96,7 @@ class BatchRun:
 
         Raises:
             RequestError: the input changed while it was read.
-            OutputError: a row cannot be written.
+            OutputError: a row cannot be written, or the engine's journal.
         """
         while self._fill():
             for output in self._engine.step():
@@ -120,8 +124,8 @@ class BatchRun:
             self._fail(answer, prepared.fault)
             return
         first = 0
-        for request in prepared.requests:
-            self._queued.append(_Part(answer, request, first))
+        for place, request in enumerate(prepared.requests):
+            self._queued.append(_Part(answer, request, place, first))
             first += request.samples
 
     def _submit(self, part: _Part) -> None:
@@ -130,6 +134,7 @@ class BatchRun:
         except RequestError as error:
             self._fail(part.answer, refusal(error))
             return
+        self._note(number, part.answer.row, part.place)
         self._running[number] = part
         self._places += part.request.samples
 

@@ -2,15 +2,17 @@
 
 Why no row is lost and none is there twice, whenever the process is killed:
 
-- A row is one line, and its newline is its last byte. The file only ever grows at its end, so what a killed
-  process leaves is whole lines, and at most one without a newline. That one is cut off on opening, before
-  anything is appended; its request has no answer yet, and is answered again.
+- A row is one line, and its newline is its last byte. The file grows at its end, so what a killed process
+  leaves is whole lines, and at most one without a newline. That one is cut off on opening, before anything is
+  appended; its request has no answer yet, and is answered again. On a full disk it is cut off at once.
 - What has been written belongs to the system at once (nothing waits in this process), so a kill loses none of
   it. Every `SYNC_ROWS` rows or `SYNC_SECONDS` it is forced to the disk; of a machine that loses power, later
   rows may be missing, and are answered again like those that never came.
 - On opening, each line is read and counted as the answer to one row of the input (`refengine.batch.resume`),
   and only the others are answered, each once. Rows of the input differ in their ``custom_id``, so no line
   can be counted for two.
+- Errors that are to be tried again are left out of a copy, which then takes the file's place; until it does,
+  and it does so in one step, the file is as it was.
 - The file is locked while it is open, where the system has such locks (POSIX): there is one writer.
 """
 
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 from refengine.batch.row import ID_PREFIX
 from refengine.errors import OutputError, RequestError
+from refengine.whole_lines import append_whole
 
 SYNC_ROWS, SYNC_SECONDS = 64, 2.0
 
@@ -67,6 +70,8 @@ class OutputFile:
             raise OutputError(f"{path} cannot be opened: {error.strerror}") from error
         try:
             _lock(self._descriptor, path)
+            if not os.path.samestat(os.fstat(self._descriptor), path.stat()):  # replaced since it was opened
+                raise _locked(path)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -80,6 +85,9 @@ class OutputFile:
         try:
             if self._unsynced:
                 self._sync()
+        except OSError as cause:
+            if error is None:
+                raise self._unwritable(cause) from cause
         finally:
             os.close(self._descriptor)
 
@@ -116,20 +124,52 @@ class OutputFile:
         """Write a row whole.
 
         Raises:
-            OutputError: the disk is full, or refuses otherwise.
+            OutputError: the disk is full, or refuses otherwise; nothing of the row is there.
         """
-        data = memoryview(f"{json.dumps(row, allow_nan=False)}\n".encode())
+        data = f"{json.dumps(row, allow_nan=False)}\n".encode()
         try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            append_whole(self._descriptor, data)
             self._unsynced += 1
             if self._unsynced >= SYNC_ROWS or self._clock() - self._synced >= SYNC_SECONDS:
                 self._sync()
         except OSError as error:
+            raise self._unwritable(error) from error
+
+    def remove(self, rows: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Remove rows, so that there is never a moment at which others are gone too.
+
+        Raises:
+            OutputError: there is no room for a copy without them; the file is as it was.
+        """
+        kept = self.path.with_name(f".{self.path.name}.kept")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        mode = stat.S_IMODE(os.fstat(self._descriptor).st_mode)
+        try:
+            descriptor = os.open(kept, flags, mode)
+            try:
+                _lock(descriptor, self.path)
+                with self.path.open("rb") as file:
+                    for line, data in enumerate(file, start=1):
+                        if not rows(self._row(line, data)):
+                            append_whole(descriptor, data)
+                os.fsync(descriptor)
+                os.replace(kept, self.path)
+            except BaseException:
+                os.close(descriptor)
+                kept.unlink(missing_ok=True)
+                raise
+        except OSError as error:
             raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}\n"
-                "Whole rows stay: mend this, and the same command goes on from there."
+                f"{self.path} cannot be written anew without its errors: {error.strerror}\nIt is as it was."
             ) from error
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path} cannot be written: {error.strerror}\n"
+            "Whole rows stay: mend this, and the same command goes on from there."
+        )
 
     def _sync(self) -> None:
         os.fsync(self._descriptor)
@@ -158,4 +198,8 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RequestError(f"another process writes to {path}: wait for it, or choose another file") from None
+        raise _locked(path) from None
+
+
+def _locked(path: Path) -> RequestError:
+    return RequestError(f"another process writes to {path}: wait for it, or choose another file")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,14 @@ class Resumption:
     Attributes:
         done: bool ``[rows]``: which rows of the input are answered.
         failed: how many of these with an error.
+        again: rows of the output that tell an error and are to be tried again.
         foreign: rows of the output that answer none of the input, which ``--force`` allows.
         fingerprints: of the models that answered.
     """
 
     done: NDArray[np.bool_]
     failed: int = 0
+    again: int = 0
     foreign: int = 0
     fingerprints: set[str] = field(default_factory=set)
 
@@ -52,7 +55,9 @@ class Resumption:
             )
 
 
-def resume(source: InputFile, outputs: Sequence[OutputFile], *, force: bool = False) -> Resumption:
+def resume(
+    source: InputFile, outputs: Sequence[OutputFile], *, force: bool = False, retry: bool = False
+) -> Resumption:
     """Find which rows are answered, and then cut off rows that were written in part.
 
     Every whole row counts, an error as well, for the row of the input with its ``custom_id``; errors of lines
@@ -62,6 +67,8 @@ def resume(source: InputFile, outputs: Sequence[OutputFile], *, force: bool = Fa
         source: the input.
         outputs: the output, and the file of errors where it is another.
         force: allow rows that answer no row of the input, that answer one as it was before, or twice.
+        retry: let errors not count; for `forget_errors` to remove. Their rows in the input may have changed
+            since, to be mended.
 
     Raises:
         RequestError: an output is no batch's, or has rows that only ``force`` would allow.
@@ -69,7 +76,10 @@ def resume(source: InputFile, outputs: Sequence[OutputFile], *, force: bool = Fa
     found = Resumption(np.zeros(len(source), np.bool_))
     for output in outputs:
         for written in output.rows():
-            _count(source, output.path, written, found, force)
+            if retry and _is_to_be_tried_again(source, written.row):
+                found.again += 1
+            else:
+                _count(source, output.path, written, found, force)
     for output in outputs:
         output.cut_torn_row()
     return found
@@ -82,6 +92,25 @@ def pending(source: InputFile, found: Resumption) -> Iterator[Row]:
         RequestError: the input changed since it was first read.
     """
     return (row for number, row in source.rows() if not found.done[number])
+
+
+def forget_errors(source: InputFile, outputs: Sequence[OutputFile]) -> None:
+    """Remove the errors that ``resume`` was told not to count, just before they are tried again.
+
+    Raises:
+        OutputError: there is no room to write an output anew; it is as it was.
+    """
+    for output in outputs:
+        if any(_is_to_be_tried_again(source, written.row) for written in output.rows()):
+            output.remove(lambda row: _is_to_be_tried_again(source, row))
+
+
+def _is_to_be_tried_again(source: InputFile, row: Mapping[str, Any]) -> bool:
+    """Whether a row of an output tells an error, of the input or of a line without a custom_id."""
+    if not is_fault(row):
+        return False
+    custom_id = row["custom_id"]
+    return not isinstance(custom_id, str) or source.find(custom_id_key(custom_id)) is not None
 
 
 def _count(source: InputFile, path: Path, written: Written, found: Resumption, force: bool) -> None:

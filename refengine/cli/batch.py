@@ -19,9 +19,10 @@ from refengine.cli.sections import SectionedCommand
 from refengine.cli.sizes import size
 from refengine.cli.terminal import harmless, say, write_json
 from refengine.config import EngineConfig
+from refengine.errors import OutputError
 
 if TYPE_CHECKING:
-    from refengine.batch import InputFile, OutputFile, Resumption, Tally
+    from refengine.batch import InputFile, OutputFile, Resumption, Row, Tally
 
 WINDOW = 2
 """Rows that are ready for each place in the engine."""
@@ -43,6 +44,12 @@ output_file = click.Path(dir_okay=False, path_type=Path)
     multiple=True,
     metavar="NAME",
     help="Let rows ask for NAME and get MODEL; repeatable.",
+)
+@click.option(
+    "--retry-failed",
+    "retry",
+    is_flag=True,
+    help="Answer rows anew that ended with an error; mended ones too.",
 )
 @click.option("--force", is_flag=True, help="Go on with an output of other requests, or of another model.")
 @engine_options
@@ -83,6 +90,7 @@ def batch(
     output: Path,
     errors: Path | None,
     names: tuple[str, ...],
+    retry: bool,
     force: bool,
     engine: EngineOptions,
     max_sequences: int,
@@ -104,13 +112,15 @@ def batch(
     are complete. What is not supported is an error, and nothing is passed over.
 
     Stop it as you like, even with SIGKILL: the same command goes on where it was, and no row is lost or there
-    twice. A row's answer depends on the row alone: without a seed it gets one of its own. Unlike elsewhere in
-    refengine, the temperature is 1 where a row names none, as OpenAI has it.
+    twice. With --journal, each run wants a journal of its own; `refengine replay JOURNAL --row ID` finds
+    a row in it. A row's answer depends on the row alone: without a seed it gets one of its own. Unlike
+    elsewhere in refengine, the temperature is 1 where a row names none, as OpenAI has it.
 
     \b
     Examples:
       refengine batch smollm2 -i in.jsonl -o out.jsonl
       refengine batch smollm2 -i in.jsonl -o out.jsonl --errors errors.jsonl --model-name gpt-4o-mini
+      refengine batch smollm2 -i in.jsonl -o out.jsonl --retry-failed
     """
     from refengine.batch import InputFile, OutputFile, Tally, resume
     from refengine.scheduler import scheduling_policy
@@ -126,22 +136,25 @@ def batch(
     tally = Tally()
     with ExitStack() as files:
         outputs = [files.enter_context(OutputFile(path)) for path in paths[1:]]
-        found = resume(requests, outputs, force=force)
+        found = resume(requests, outputs, force=force, retry=retry)
         engine = engine.adjusted(
             max_sequences=max_sequences, prefix_cache=prefix_cache, swap=swap, scheduling=scheduling
         )
         try:
             times = _answer(model, engine, requests, outputs, found, {model, *names}, tally, force=force)
-        except KeyboardInterrupt:
-            say()  # the terminal has put ^C on the progress bar's line
+        except (KeyboardInterrupt, OutputError) as stopped:
+            if isinstance(stopped, KeyboardInterrupt):
+                say()  # the terminal has put ^C on the progress bar's line
             written, total = found.count + tally.rows, amount(len(requests), "row")
-            say(f"Stopped: {written:,} of {total} answered. The same command goes on from there.")
+            other = " with another --journal" if engine.journal else ""
+            say(f"Stopped: {written:,} of {total} answered. The same command{other} goes on from there.")
             raise
     summary = {
         **{name: str(path) for name, path in zip(("input", "output", "errors"), paths, strict=False)},
         "rows": len(requests),
         "answered_before": found.count - found.failed,
         "failed_before": found.failed,
+        "tried_again": found.again,
         "foreign": found.foreign,
         **{name: count for name, count in asdict(tally).items() if name != "sampled"},
         **times,
@@ -164,7 +177,7 @@ def _answer(
     force: bool,
 ) -> dict[str, float | None]:
     """Answer what has no answer yet; tells the times that took."""
-    from refengine.batch import BatchRun, ReadAhead, Teller, fingerprint, pending, prepare
+    from refengine.batch import BatchRun, ReadAhead, Teller, fingerprint, forget_errors, pending, prepare
 
     if found.count == len(requests):
         return {"load_s": None, "seconds": None, "tokens_per_second": None}
@@ -172,15 +185,21 @@ def _answer(
     teller = Teller(llm.tokenizer, fingerprint(llm))
     if not force:
         found.check_model(teller.fingerprint)
+    if found.again:
+        forget_errors(requests, outputs)
     rows = prepare(pending(requests, found), llm, names)
     window = WINDOW * engine.config.max_sequences
 
     def write(row: Mapping[str, Any], failed: bool) -> None:
         outputs[-1 if failed else 0].append(row)
 
+    def note(number: int, row: Row, place: int) -> None:
+        if engine.journal is not None and engine.journal.journal is not None and row.custom_id is not None:
+            engine.journal.journal.row(number, row.custom_id, place)
+
     started = perf_counter()
     with ReadAhead(rows, window) as work, BatchProgress(len(requests), found.count, found.failed) as bar:
-        BatchRun(llm.engine, work, teller, write, tally).run(bar.show)
+        BatchRun(llm.engine, work, teller, write, tally, note=note).run(bar.show)
     seconds = perf_counter() - started
     return {"load_s": load_s, "seconds": seconds, "tokens_per_second": tally.generated_tokens / seconds}
 
@@ -195,6 +214,8 @@ def _in_words(summary: Mapping[str, Any]) -> str:
         parts.append(f"{failed:,} of them errors{where}")
     if before:
         parts.append(f"{before:,} from before")
+    if summary["tried_again"]:
+        parts.append(f"{amount(summary['tried_again'], 'error')} tried again")
     if summary["foreign"]:
         parts.append(f"and {summary['foreign']:,} that answer other requests")
     text = ", ".join(parts)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from refengine_conformance.outcome import Profile
     from refengine_conformance.registry import Property
 
-POLICIES = ("float32", "float64")
-
 
 def _writable(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Refuse a file in a folder that isn't there now, not when everything has been computed."""
@@ -38,7 +36,7 @@ def _writable(_: click.Context, __: click.Parameter, value: str | None) -> str |
     "policies",
     multiple=True,
     metavar="NAME",
-    help="Precision: float32 or float64; repeatable.  [default: both]",
+    help="Precision, such as float32; repeatable.  [default: all that the backend claims]",
 )
 @click.option(
     "--profile",
@@ -99,7 +97,7 @@ def conform(
     if self_test:
         found = not _test_itself(PROFILES[profile], seed, chosen)
     else:
-        run = _hold(backend, policies or POLICIES, PROFILES[profile], seed, chosen, fallback)
+        run = _hold(backend, policies, PROFILES[profile], seed, chosen, fallback)
         _write(run, json_file, html_file)
         found = bool(run.findings)
         if not any(result.outcome.kind == "passed" for result in run.results) and not found:
@@ -119,12 +117,13 @@ def _hold(
     chosen: tuple[str, ...],
     fallback: bool,
 ) -> Conformance:
-    from refengine_conformance.conform import conform
+    from refengine_conformance.conform import claimed_policies, conform
     from refengine_conformance.registry import all_properties
 
     selected = tuple(p for p in all_properties() if _is_chosen(p.clause, chosen))
     _check_choice(chosen, selected)
-    with _Progress(len(selected) * len(policies)) as progress:
+    policies = policies or claimed_policies(backend, selected)
+    with _Progress(sum(policy in p.policies for p in selected for policy in policies)) as progress:
         return conform(
             backend,
             selected,

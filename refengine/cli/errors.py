@@ -38,6 +38,12 @@ def report(error: BaseException, text: str) -> None:
         say(wrapped(line, sys.stderr))
 
 
+def warn(text: str) -> None:
+    """Tell of something that went wrong and does not end the command."""
+    for line in harmless(f"refengine: warning: {text}").splitlines():
+        say(wrapped(line, sys.stderr))
+
+
 def _attempt(act: Callable[[], object]) -> int:
     try:
         act()

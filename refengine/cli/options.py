@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,13 @@ def engine_options(command: Command) -> Command:
         "--journal",
         type=click.Path(dir_okay=False, writable=True, path_type=Path),
         metavar="FILE",
-        help="Write requests with their prompts, every decision, and hashes of the answers to FILE, anew each"
-        " time; see `refengine replay`.",
+        help="Write requests with their prompts, every decision, and hashes of the answers to FILE, which"
+        " must not exist; see `refengine replay`.",
+    )
+    @click.option(
+        "--journal-optional",
+        is_flag=True,
+        help="Go on without the journal where it cannot be written, as on a full disk.  [default: stop]",
     )
     @click.option("--fallback", is_flag=True, help="Let golden ops stand in for what the backend lacks.")
     @offline_option
@@ -121,19 +127,21 @@ def engine_options(command: Command) -> Command:
         offline: bool,
         flight_recorder: Path | None,
         journal: Path | None,
+        journal_optional: bool,
         **others: Any,
     ) -> None:
+        if journal_optional and journal is None:
+            raise click.UsageError("--journal-optional is for --journal: without it, none is written")
         fields = {name: others.pop(name) for name in CONFIG}
         config = EngineConfig(max_sequences=1, **fields)
         flight = None if flight_recorder is None else FlightLog(flight_recorder, config.memory)
-        written = None if journal is None else JournalFile(journal)
-        try:
-            command(*args, engine=EngineOptions(backend, config, offline, flight, written), **others)
-        finally:
-            if written is not None:
-                written.close()
-            if flight is not None:
-                flight.close()
+        written = None if journal is None else JournalFile(journal, optional=journal_optional)
+        with written or nullcontext():
+            try:
+                command(*args, engine=EngineOptions(backend, config, offline, flight, written), **others)
+            finally:
+                if flight is not None:
+                    flight.close()
 
     return with_engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,18 @@ import click
 from refengine.cli.errors import FINDINGS
 from refengine.cli.figures import amount
 from refengine.cli.options import json_option, offline_option
-from refengine.cli.rerun import compare
+from refengine.cli.rerun import compare, requests_of
 from refengine.cli.tables import print_table
 from refengine.cli.terminal import aside, harmless, say, write_json
 
 if TYPE_CHECKING:
     from refengine.memory import KVLayout
-    from refengine.scheduler import Limits
+    from refengine.scheduler import Limits, SchedulingPolicy
     from refengine.simulation import Load, Record, Trace
+
+
+START = b'{"journal"'
+"""What every journal begins with."""
 
 
 @click.command()
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME",
     help="Compare this policy; repeatable. Parameters follow a colon: sjf:ageing=8,chunk=4."
-    "  [default: fcfs, sjf and fair]",
+    "  [default: the recorded one, fcfs, sjf and fair]",
 )
 @click.option("--requests", default=1000, show_default=True, metavar="N", help="Generate N requests.")
 @click.option("--rate", default=3.0, show_default=True, metavar="X", help="Let X of them come per second.")
@@ -48,7 +53,13 @@ if TYPE_CHECKING:
 @click.option(
     "--request", "number", type=int, metavar="ID", help="Run this recorded request again, alone, instead."
 )
-@click.option("--model", metavar="MODEL", help="With --request: the model.  [default: the journal's]")
+@click.option(
+    "--row", metavar="CUSTOM_ID", help="Run the requests of this row of a batch again, alone, instead."
+)
+@click.option(
+    "--model", metavar="MODEL", help="With --request or --row: the model.  [default: the journal's]"
+)
+@click.option("--damaged", is_flag=True, help="Read a damaged journal up to the damage.")
 @offline_option
 @json_option
 def replay(
@@ -61,6 +72,8 @@ def replay(
     seed: int,
     html: Path | None,
     number: int | None,
+    row: str | None,
+    damaged: bool,
     model: str | None,
     offline: bool,
     as_json: bool,
@@ -74,7 +87,8 @@ def replay(
 
     With --request, one request of an engine's journal (--journal of `refengine run` and others) is run
     again: alone, on the golden NumPy backend, in the recorded precision. Its logits and tokens are
-    compared by their hashes. Exits with 12 where they differ, as those of another backend may.
+    compared by their hashes. Exits with 12 where they differ, as those of another backend may. With --row it
+    is what a row of `refengine batch` asked for, found by its custom_id.
 
     \b
     Examples:
@@ -82,17 +96,26 @@ def replay(
       refengine replay trace.jsonl --policy fcfs --policy sjf
       refengine replay trace.jsonl --policy sjf:ageing=1 --max-sequences 8 --html waits.html
       refengine replay trace.jsonl --request 3
+      refengine replay trace.jsonl --row question-17
     """
-    from refengine.scheduler import scheduling_policy
     from refengine.simulation import HeavyTails, differences, generate, simulate
 
-    if number is None and model is not None:
-        raise click.UsageError("--model is for --request: without it, no model is needed")
-    if number is not None and (journal is None or policies or html is not None):
-        raise click.UsageError("--request takes a JOURNAL, and neither --policy nor --html")
-    record = None if journal is None else _read(journal)
-    if record is not None and number is not None:
-        if not compare(record, number, model, offline=offline, as_json=as_json):
+    one = number is not None or row is not None
+    if not one and model is not None:
+        raise click.UsageError("--model is for --request and --row: without these, no model is needed")
+    if number is not None and row is not None:
+        raise click.UsageError("--request and --row are two names of one thing: give one of them")
+    if one and (journal is None or policies or html is not None):
+        raise click.UsageError("--request and --row take a JOURNAL, and neither --policy nor --html")
+    if damaged and journal is None:
+        raise click.UsageError("--damaged takes a JOURNAL")
+    if html is not None and journal is not None and html.resolve() == journal.resolve():
+        raise click.UsageError("--html would overwrite the journal: give it another name")
+    chosen = [_policy(text) for text in policies]  # a mistyped name is told of before anything is read
+    record = None if journal is None else _read(journal, damaged=damaged)
+    if record is not None and one:
+        numbers = [number] if number is not None else requests_of(record, row or "")
+        if not compare(record, numbers, model, row=row, offline=offline, as_json=as_json):
             raise click.exceptions.Exit(FINDINGS)
         return
     if record is None:
@@ -101,7 +124,7 @@ def replay(
         load = generate(HeavyTails(rate=rate, tenants=tenants, priorities=priorities), requests, seed)
     else:
         load = record.load
-    chosen = [replace(scheduling_policy(text), name=text) for text in policies or ("fcfs", "sjf", "fair")]
+    chosen = chosen or _usual_policies(record)
     settings = {"limits": _limits(record, limits), "layout": _layout(record, limits["kv_tokens"], load)}
     traces = [simulate(load, policy, **settings) for policy in chosen]
     changed = () if record is None else differences(record)
@@ -118,12 +141,38 @@ def replay(
             say(_sameness(record, changed))
 
 
-def _read(path: Path) -> Record:
-    from refengine.errors import RequestError
+def _policy(text: str) -> SchedulingPolicy:
+    from refengine.scheduler import scheduling_policy
+
+    return replace(scheduling_policy(text), name=text)
+
+
+def _usual_policies(record: Record | None) -> list[SchedulingPolicy]:
+    """Those that are compared where none is named: first the one that was in force."""
+    from refengine.scheduler import scheduling_policy
+
+    usual = [_policy(name) for name in ("fcfs", "sjf", "fair")]
+    if record is None:
+        return usual
+    recorded = scheduling_policy(record.policy, **record.parameters)
+    given = ",".join(f"{name}={value}" for name, value in record.parameters.items())
+    name = f"{record.policy}:{given}" if given else record.policy
+    return [replace(recorded, name=name), *(each for each in usual if each.name != name)]
+
+
+def _read(path: Path, *, damaged: bool) -> Record:
+    from refengine.errors import FormatError, RequestError
     from refengine.simulation import read_journal
 
-    with path.open(encoding="utf-8") as lines:
-        record = read_journal(lines, str(path))
+    with path.open("rb") as file:  # once: it may be a pipe
+        start = file.peek(len(START))[: len(START)]
+        if not START.startswith(start):
+            text = "this is no journal: --journal of `refengine run` and others writes one"
+            raise FormatError(text, path=path)
+        lines = TextIOWrapper(file, encoding="ascii", errors="surrogateescape")
+        record = read_journal(lines, str(path), damaged=damaged)
+    if record.left_out is not None:
+        aside(f"Left out: {harmless(record.left_out)}")
     if not record.load:
         raise RequestError(f"the journal {str(path)!r} names no request that could come again")
     return record
@@ -179,13 +228,15 @@ def _print(traces: list[Trace]) -> None:
 
 def _sameness(record: Record, changed: Any) -> str:
     made = amount(len(record.entries), "recorded decision")
-    if not changed:
-        return f"\n{made}, made again: all the same"
-    return f"\n{made}, made again: {len(changed):,} differ, the first in line {changed[0]:,}"
+    same = f"{len(changed):,} differ, the first in line {changed[0]:,}" if changed else "all the same"
+    forks = amount(len(record.forks), "request")
+    unforked = f"\n{forks} forked from others did not come again" if record.forks else ""
+    return f"\n{made}, made again: {same}{unforked}"
 
 
 def _json(traces: list[Trace], record: Record | None, changed: Any) -> dict[str, Any]:
     told: dict[str, Any] = {"policies": {trace.policy: dict(trace.figures) for trace in traces}}
     if record is not None:
         told |= {"decisions": len(record.entries), "differing_lines": list(changed)}
+        told |= {"forks": len(record.forks), "left_out": record.left_out}
     return told

@@ -26,6 +26,10 @@ class BlockTable:
         block_size: positions per block.
         window: the attention window, ``None`` for the whole context.
         recent: whether only the first block and that of the next position are kept.
+
+    Attributes:
+        entries: the blocks in order of position, ``RELEASED`` for those given back; to be changed by this
+            table alone.
     """
 
     def __init__(
@@ -33,34 +37,30 @@ class BlockTable:
     ) -> None:
         self._allocator, self._block_size = allocator, block_size
         self._window, self._recent = window, recent
-        self._blocks = array("i")
+        self.entries = array("i")
         self._released = 0
         self._passed = int(recent)  # entries below have been looked at; a recent pool's first stands apart
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.entries)
 
     def __getitem__(self, index: int) -> int:
-        return self._blocks[index]
+        return self.entries[index]
 
     @property
     def blocks(self) -> NDArray[np.int32]:
         """The blocks in order of position, int32; ``RELEASED`` for those given back. A copy."""
-        return np.array(self._blocks, np.int32)
+        return np.array(self.entries, np.int32)
 
     @property
     def held(self) -> int:
         """Blocks this table refers to."""
-        return len(self._blocks) - self._released
-
-    def padded(self, length: int) -> array[int]:
-        """The blocks as int32 numbers, followed by ``RELEASED`` up to a length; not to be changed."""
-        fill = length - len(self._blocks)
-        return self._blocks + array("i", (RELEASED,)) * fill if fill else self._blocks
+        return len(self.entries) - self._released
 
     def missing(self, tokens: int) -> int:
         """Blocks that must be added before positions ``0 … tokens - 1`` have an entry."""
-        return max(0, -(-tokens // self._block_size) - len(self._blocks))
+        lacking = -(-tokens // self._block_size) - len(self.entries)
+        return lacking if lacking > 0 else 0
 
     def grow(self, tokens: int) -> None:
         """Add blocks until positions ``0 … tokens - 1`` have an entry; all or none.
@@ -74,7 +74,7 @@ class BlockTable:
 
     def extend(self, blocks: list[int]) -> None:
         """Add blocks behind the others; their references become the table's."""
-        self._blocks.extend(blocks)
+        self.entries.extend(blocks)
 
     def slots(self, start: int, stop: int) -> NDArray[np.int32]:
         """The slots of positions ``start … stop - 1``: ``block · block_size + offset``, int32.
@@ -88,12 +88,12 @@ class BlockTable:
 
     def slot_list(self, start: int, stop: int) -> list[int]:
         """The slots of positions ``start … stop - 1``, as ``slots`` gives them."""
-        size, known = self._block_size, len(self._blocks)
+        size, known = self._block_size, len(self.entries)
         first, last = start // size, (stop - 1) // size
-        if first == last < known and 0 <= start < stop and (block := self._blocks[first]) != RELEASED:
+        if first == last < known and 0 <= start < stop and (block := self.entries[first]) != RELEASED:
             slot = block * size + start % size  # as in every step but a prompt's
             return [slot] if stop - start == 1 else list(range(slot, slot + stop - start))
-        blocks = self._blocks[first : last + 1]
+        blocks = self.entries[first : last + 1]
         if not 0 <= start <= stop or last >= known or RELEASED in blocks:
             raise BlockStateError(f"positions {start} to {stop - 1} have no block")
         slots = [slot for block in blocks for slot in range(block * size, (block + 1) * size)]
@@ -108,18 +108,18 @@ class BlockTable:
             return
         first_seen = self._first_seen(next_position)
         first_kept = next_position // self._block_size if self._recent else first_seen
-        while self._passed < min(first_kept, len(self._blocks)):
+        while self._passed < min(first_kept, len(self.entries)):
             self._give_back(self._passed)
             self._passed += 1
-        if self._recent and first_seen and self._blocks and self._blocks[0] != RELEASED:
+        if self._recent and first_seen and self.entries and self.entries[0] != RELEASED:
             self._give_back(0)
 
     def release_all(self) -> None:
         """Give back every block, the last one first; the table is empty then."""
-        for block in reversed(self._blocks):
+        for block in reversed(self.entries):
             if block != RELEASED:
                 self._allocator.release(block)
-        self._blocks, self._released, self._passed = array("i"), 0, int(self._recent)
+        self.entries, self._released, self._passed = array("i"), 0, int(self._recent)
 
     def needed(self, blocks: int) -> range:
         """Which entries of a prefix of so many whole blocks a query behind it needs.
@@ -134,7 +134,7 @@ class BlockTable:
         for block in blocks:
             if block != RELEASED:
                 self._allocator.share(block)
-        self._blocks = array("i", blocks)
+        self.entries = array("i", blocks)
         self._released = blocks.count(RELEASED)
 
     def restore(self, blocks: list[int]) -> None:
@@ -142,7 +142,7 @@ class BlockTable:
 
         Clauses: KVC-27.
         """
-        self._blocks = array("i", blocks)
+        self.entries = array("i", blocks)
         self._released = blocks.count(RELEASED)
 
     def copy(self) -> BlockTable:
@@ -151,14 +151,14 @@ class BlockTable:
         Clauses: KVC-17.
         """
         other = type(self)(self._allocator, self._block_size, self._window, self._recent)
-        other.adopt(self._blocks.tolist())
+        other.adopt(self.entries.tolist())
         other._passed = self._passed
         return other
 
     def replace(self, index: int, block: int) -> None:
         """Put another block in an entry's place; the reference to the one before is given back."""
-        self._allocator.release(self._blocks[index])
-        self._blocks[index] = block
+        self._allocator.release(self.entries[index])
+        self.entries[index] = block
 
     def _first_seen(self, next_position: int) -> int:
         """The block of the first position that a query at ``next_position`` sees."""
@@ -167,7 +167,32 @@ class BlockTable:
         return max(0, next_position - self._window + 1) // self._block_size
 
     def _give_back(self, index: int) -> None:
-        if self._blocks[index] != RELEASED:  # of a prefix that was adopted, those never came
-            self._allocator.release(self._blocks[index])
-            self._blocks[index] = RELEASED
+        if self.entries[index] != RELEASED:  # of a prefix that was adopted, those never came
+            self._allocator.release(self.entries[index])
+            self.entries[index] = RELEASED
             self._released += 1
+
+
+def slots_of(
+    tables: NDArray[np.int32], rows: NDArray[np.integer], positions: NDArray[np.int32], block_size: int
+) -> NDArray[np.int32]:
+    """The slots of many positions at once: ``block · block_size + offset``, int32 ``[T]``.
+
+    Args:
+        tables: ``[S, M]``, padded with ``RELEASED``.
+        rows: whose position it is, ``[T]``, in 0 … S - 1.
+        positions: ``[T]``, at least 0; not none.
+        block_size: positions per block.
+
+    Raises:
+        BlockStateError: a position has no block (yet, or any more).
+
+    Clauses: KVC-1, KVC-10.
+    """
+    entries, offsets = np.divmod(positions, block_size)
+    if entries.max() < tables.shape[1]:
+        blocks = tables[rows, entries]
+        if blocks.min() > RELEASED:
+            slots: NDArray[np.int32] = blocks * block_size + offsets
+            return slots
+    raise BlockStateError("a position of the step has no block")

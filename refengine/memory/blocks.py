@@ -38,7 +38,7 @@ class BlockAllocator:
     @property
     def num_free(self) -> int:
         """Blocks that can be handed out."""
-        return self._num_blocks - self.num_used
+        return self._num_blocks - len(self._references) + len(self._returned)
 
     @property
     def num_used(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -189,17 +190,22 @@ class KVCacheManager:
         held = self._sequences.get(sequence)
         if held is not None and tokens <= held.writable:
             return
-        for needed, free in zip(self.missing(sequence, tokens), self.free_blocks, strict=True):
-            if needed > free:
-                raise OutOfBlocksError(f"{needed} KV blocks are needed and {free} are free")
         if held is None:
-            held = self._sequences[sequence] = _Held(self._new_tables())
-        for pool, table in enumerate(held.tables):
-            replaced = self._unwritable(pool, table, held.next_position, tokens)
-            blocks = self.pools[pool].allocate(len(replaced) + table.missing(tokens))
-            for index, block in zip(replaced, blocks, strict=False):
-                self._replace(pool, table, index, block, written=held.next_position)
-            table.extend(blocks[len(replaced) :])
+            held = _Held(self._new_tables())
+        wanted: list[tuple[list[int], int]] = []
+        for number, (pool, table) in enumerate(zip(self.pools, held.tables, strict=True)):
+            replaced = self._unwritable(number, table, held.next_position, tokens)
+            count = len(replaced) + table.missing(tokens)
+            if count > pool.num_free:
+                raise OutOfBlocksError(f"{count} KV blocks are needed and {pool.num_free} are free")
+            wanted.append((replaced, count))
+        self._sequences[sequence] = held
+        for number, (table, (replaced, count)) in enumerate(zip(held.tables, wanted, strict=True)):
+            if count:
+                blocks = self.pools[number].allocate(count)
+                for index, block in zip(replaced, blocks, strict=False):
+                    self._replace(number, table, index, block, written=held.next_position)
+                table.extend(blocks[len(replaced) :])
         size = self.layout.block_size
         held.writable = -(-tokens // size) * size
 
@@ -390,28 +396,21 @@ class KVCacheManager:
 
     # -- What an engine turns into arrays ------------------------------------------------------------------
 
-    def slots(self, spans: Sequence[tuple[Hashable, int, int]], group: int) -> NDArray[np.int32]:
-        """The slots of several stretches ``(sequence, start, stop)``, one after the other: ``[T]``, int32.
-
-        Raises:
-            BlockStateError: a position has no block.
-
-        Clauses: KVC-1, KVC-10.
-        """
-        slots: list[int] = []
-        for sequence, start, stop in spans:
-            slots += self.tables(sequence)[group].slot_list(start, stop)
-        return np.array(slots, np.int32)
-
     def padded_tables(self, sequences: Sequence[Hashable], group: int) -> NDArray[np.int32]:
         """The tables of several sequences as one array ``[S, M]``, padded with ``RELEASED``.
 
         Clauses: KVC-13.
         """
-        tables = [self.tables(sequence)[group] for sequence in sequences]
-        width = max(map(len, tables))
-        rows = bytearray().join([table.padded(width) for table in tables])
-        return np.frombuffer(rows, np.int32).reshape(len(tables), width)
+        held, none = self._sequences, self._empty
+        rows = [(held[s].tables if s in held else none)[group].entries for s in sequences]
+        width = max(map(len, rows))
+        padding = array("i", (RELEASED,)) * width
+        parts = []
+        for row in rows:
+            parts.append(row)
+            if len(row) < width:
+                parts.append(padding[len(row) :])
+        return np.frombuffer(bytearray().join(parts), np.int32).reshape(len(rows), width)
 
     def segments(self, group: int) -> tuple[int, ...]:
         """The segments of a pool that hold a block in use, ascending.
@@ -447,10 +446,13 @@ class KVCacheManager:
 
     def _unwritable(self, pool: int, table: BlockTable, start: int, stop: int) -> list[int]:
         """The entries of positions ``start … stop - 1`` whose blocks have other holders."""
-        size, references = self.layout.block_size, self.pools[pool].references
-        found = []
-        for index in range(start // size, min(-(-stop // size), len(table))):
-            block = table[index]
+        size, entries = self.layout.block_size, table.entries
+        first, found = start // size, list[int]()
+        if first >= len(entries):  # as where the next token begins a block
+            return found
+        references = self.pools[pool].references
+        for index in range(first, min(-(-stop // size), len(entries))):
+            block = entries[index]
             if block != RELEASED and references(block) - self._pinned[pool, block] > 1:
                 found.append(index)
         return found

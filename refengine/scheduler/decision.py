@@ -64,12 +64,14 @@ def schedule(
         step = _by_rank(running, waiting, limits, free, missing, reclaim, policy)
     else:
         step = _Step(running, limits, free, missing, reclaim)
+        prompts = []
         for job in running:
             if job.known - job.computed == 1:
                 step.advance(job)
-        for job in running:
-            if job.known - job.computed > 1:
-                step.advance(job)
+            else:
+                prompts.append(job)
+        for job in prompts:
+            step.advance(job)
         if not step.victims:
             for job in waiting:
                 if not step.admit(job):
@@ -124,36 +126,41 @@ class _Step:
         self._budget = limits.token_budget
         self._places = limits.max_sequences - sum([job.places for job in standing])
         self._free = free
-        self._given = self._reserved = (0,) * len(free)
-        self._hints = any(job.reserve for job in standing)
+        none = self._given = self._reserved = (0,) * len(free)
+        self._trivial = none if _fits(none, free) else None  # such a need is met, unless all is overdrawn
+        self._idle: Blocks | None = None  # what running requests expect to take that have no turn here
         self._standing = list(standing)
-        self._done: set[int] = set()
         self.gone: set[int] = set()
         self.compute: list[tuple[int, int]] = []
         self.victims: list[Job] = []
 
     def advance(self, job: Job) -> None:
         """A running request's turn: it takes its tokens, at the cost of the last ones where it must."""
-        tokens = min(job.known - job.computed, self._budget)
+        tokens = job.known - job.computed
+        if tokens > self._budget:
+            tokens = self._budget
         if tokens == 0 or job.id in self.gone:
             return
         needed = self._missing(job.id, job.computed + tokens)
-        while not _fits(needed, self._free):
-            self._pre_empt()
-            if job.id in self.gone:
-                return
+        if needed != self._trivial:
+            while not _fits(needed, self._free):
+                self._pre_empt()
+                if job.id in self.gone:
+                    return
         self._take(job, tokens, needed)
 
     def admit(self, job: Job) -> bool:
         """A waiting request's turn: whether it finds what it needs, and leaves what is promised."""
-        tokens = min(job.known - job.computed, self._budget)
+        tokens = min(job.remaining, self._budget)
         if tokens == 0 or job.places > self._places:
             return False
         needed = self._missing(job.id, job.computed + tokens)
         if not _fits(needed, self._free):
             return False
-        if (job.reserve or self._hints) and (self._standing or self.compute):
-            wanted = _sum(needed, self._reserved, _beyond(job.reserve, needed), self._idle_reserves())
+        if self._standing or self.compute:
+            if self._idle is None:
+                self._idle = self._idle_reserves()
+            wanted = _sum(needed, self._reserved, _beyond(job.reserve, needed), self._idle)
             if not _fits(wanted, self._free):
                 return False
         self._places -= job.places
@@ -162,8 +169,9 @@ class _Step:
 
     def displace(self, job: Job) -> bool:
         """A waiting request's turn before running ones: whether it finds what it needs, or takes it."""
-        tokens = min(job.known - job.computed, self._budget)
-        behind = [each for each in self._standing if each.id not in self._done]
+        tokens = min(job.remaining, self._budget)
+        done = self._done()
+        behind = [each for each in self._standing if each.id not in done]
         if tokens == 0 or job.places > self._places + sum([each.places for each in behind]):
             return False
         needed = self._missing(job.id, job.computed + tokens)
@@ -175,10 +183,19 @@ class _Step:
         self._take(job, tokens, needed)
         return True
 
+    def _take(self, job: Job, tokens: int, needed: Blocks) -> None:
+        if any(needed):
+            self._free = tuple([f - n for f, n in zip(self._free, needed, strict=True)])
+        if job.reserve:
+            self._reserved = _sum(self._reserved, _beyond(job.reserve, needed))
+        self.compute.append((job.id, tokens))
+        self._budget -= tokens
+
     def _pre_empt(self) -> None:
         """The last of the running that has had no turn goes."""
+        done = self._done()
         at = len(self._standing) - 1
-        while self._standing[at].id in self._done:
+        while self._standing[at].id in done:
             at -= 1
         victim = self._standing.pop(at)
         self.gone.add(victim.id)
@@ -192,19 +209,14 @@ class _Step:
         given = self._reclaim([job.id for job in (*self.victims, *more)])
         return tuple([f + g - b for f, g, b in zip(self._free, given, self._given, strict=True)]), given
 
-    def _take(self, job: Job, tokens: int, needed: Blocks) -> None:
-        if any(needed):
-            self._free = tuple([f - n for f, n in zip(self._free, needed, strict=True)])
-        if job.reserve:
-            self._hints = True
-            self._reserved = _sum(self._reserved, _beyond(job.reserve, needed))
-        self._done.add(job.id)
-        self.compute.append((job.id, tokens))
-        self._budget -= tokens
+    def _done(self) -> set[int]:
+        """Who has had his turn."""
+        return {id for id, _ in self.compute}
 
     def _idle_reserves(self) -> Blocks:
         """What running requests expect to take that have no turn in this step."""
-        idle = [job.reserve for job in self._standing if job.reserve and job.id not in self._done]
+        done = self._done()
+        idle = [job.reserve for job in self._standing if job.reserve and job.id not in done]
         return _sum((0,) * len(self._free), *idle)
 
 

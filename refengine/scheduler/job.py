@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Blocks = tuple[int, ...]
 """A number of KV blocks in each pool."""
@@ -51,9 +52,10 @@ class Terms:
 NO_TERMS = Terms()
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """A request as the scheduler sees it in one step.
+
+    A tuple, because one is made for every running request in every step.
 
     Attributes:
         id: the request.

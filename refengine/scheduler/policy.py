@@ -1,4 +1,15 @@
-"""Scheduling policies: in which order requests are admitted, found by name."""
+"""Scheduling policies: in which order requests are admitted, found by name.
+
+A package offers a policy of its own by an entry point in its `pyproject.toml`, which names a callable that
+makes a `SchedulingPolicy` from whole numbers given by name:
+
+    [project.entry-points."refengine.scheduling_policies"]
+    longest = "my_package:longest_first"
+
+The policies that are built in are not entered there, but in a table of this module. So nobody takes their
+names, of which the specification says what they mean; they are there in a source tree that was not installed;
+and to start an engine with one of them, no installed package is looked at.
+"""
 
 from __future__ import annotations
 

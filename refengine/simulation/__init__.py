@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refengine.simulation.journal import End, Journal, Record, read_journal
+from refengine.simulation.journal import End, Fork, Journal, LineStream, Part, Record, read_journal
 from refengine.simulation.loads import Arrival, HeavyTails, Load, generate
 from refengine.simulation.replay import Trace, differences, replay, simulate, trace
 from refengine.simulation.simulator import Costs, Course, Done, Mishaps, Simulator, small_layout
@@ -13,10 +13,13 @@ __all__ = [
     "Course",
     "Done",
     "End",
+    "Fork",
     "HeavyTails",
     "Journal",
+    "LineStream",
     "Load",
     "Mishaps",
+    "Part",
     "Record",
     "Simulator",
     "Trace",

@@ -82,8 +82,15 @@ def trace(simulator: Simulator) -> Trace:
     )
 
 
-def replay(record: Record, policy: SchedulingPolicy | str, **settings: Any) -> Trace:
-    """Let the requests of a journal come again, under a policy; limits and layout are the recorded ones."""
+def replay(record: Record, policy: SchedulingPolicy | str | None = None, **settings: Any) -> Trace:
+    """Let the requests of a journal come again; policy, limits and layout are the recorded ones.
+
+    Unless others are given. Requests that were forked from others do not come again.
+
+    Clauses: JRN-4.
+    """
+    if policy is None:
+        policy = scheduling_policy(record.policy, **record.parameters)
     recorded = {"limits": record.limits, "layout": record.layout}
     return simulate(record.load, policy, **{**recorded, **settings})
 

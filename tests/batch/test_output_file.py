@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,10 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says that the same command goes on; what fits in part is cut off then."""
+    """The error says that the same command goes on; what fits in part is cut off at once."""
     path = tmp_path / "out.jsonl"
     write = os.write
-    room = room_taken = 50
+    room = len(json.dumps(row(0))) + 51
 
     def full(descriptor: int, data: memoryview) -> int:
         nonlocal room
@@ -117,12 +118,59 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     with OutputFile(path) as output, monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
+        output.append(row(0))
         with pytest.raises(OutputError, match=r"(?s)No space.*goes on"):
-            output.append(row(0))
-    assert 0 < path.stat().st_size < len(json.dumps(row(0)))
+            output.append(row(1))
+        assert room == 0
+    assert path.read_text() == json.dumps(row(0)) + "\n"
     with OutputFile(path) as output:
-        assert list(output.rows()) == []
-        assert output.cut_torn_row() == room_taken
+        assert [written.row for written in output.rows()] == [row(0)]
+        assert output.cut_torn_row() == 0
+
+
+def test_a_disk_that_fails_at_last_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows cannot be forced to it at the end; unless something else is being raised."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space"), OutputFile(tmp_path / "out.jsonl") as output:
+        output.append(row(0))
+    output = OutputFile(tmp_path / "out.jsonl")
+    output.append(row(1))
+    output.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+def odd(row: Mapping[str, Any]) -> bool:
+    return int(row["custom_id"]) % 2 == 1
+
+
+def test_rows_are_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others stay, byte by byte; it is locked and appended to as before; a full disk leaves all."""
+    path = tmp_path / "out.jsonl"
+    with OutputFile(path) as output:
+        for number in range(5):
+            output.append(row(number))
+    path.chmod(0o640)
+    whole = path.read_bytes()
+    with OutputFile(path) as output:
+        with monkeypatch.context() as patch:
+
+            def full(descriptor: int, data: memoryview) -> int:
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, "write", full)
+            with pytest.raises(OutputError, match=r"(?s)No space.*It is as it was"):
+                output.remove(odd)
+        assert (path.read_bytes(), list(tmp_path.iterdir())) == (whole, [path])
+        output.remove(odd)
+        with pytest.raises(RequestError, match="another process"):
+            OutputFile(path)
+        output.append(row(6))
+    lines = whole.splitlines(keepends=True)
+    assert path.read_bytes() == b"".join([lines[0], lines[2], lines[4], f"{json.dumps(row(6))}\n".encode()])
+    assert (list(tmp_path.iterdir()), path.stat().st_mode & 0o777) == ([path], 0o640)
 
 
 def test_rows_are_forced_to_the_disk_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from batch.jsonl import chat, completion, read, timeless, write
 from cli.alphabet_model import write_model
-from cli.test_process import PATIENCE_S, SILENT, started, terminal
+from cli.test_process import PATIENCE_S, SILENT, environment, started, terminal
 from click.testing import Result
 
 Run = Callable[..., Result]
 
-MODEL = ("alphabet.gguf", "--model-name", "m")
+MODEL = ("alphabet.gguf", "--model-name", "m", "--backend", "numpy")
 
 
 def rows_of_all_kinds(count: int) -> list[Any]:
@@ -162,6 +162,137 @@ def test_user_text_cannot_forge_a_turn(run: Run, tmp_path: Path) -> None:
     run("batch", *arguments)
     counts = {row["custom_id"]: row["response"]["body"]["usage"]["prompt_tokens"] for row in read(output)}
     assert counts["a"] == counts["b"]
+
+
+def test_failed_rows_are_tried_again(run: Run, tmp_path: Path) -> None:
+    """Mended rows are answered, others fail again; answers stay as they are, and no row is there twice."""
+    rows = [chat("a"), chat("b", n=0), "{oops", chat("d", n=0), chat("e")]
+    source, output, arguments = files(tmp_path, *rows)
+    run("batch", *arguments)
+    kept = [row for row in read(output) if row["custom_id"] in ("a", "e")]
+    write(source, chat("a"), chat("b", n=1), chat("c"), chat("d", n=0), chat("e"))
+    refused = run("batch", *arguments)
+    assert (refused.exit_code, len(read(output))) == (7, 5)
+    told = json.loads(run("batch", *arguments, "--retry-failed", "--json").stdout)
+    counts = ("answered_before", "failed_before", "tried_again", "answered", "failed")
+    assert [told[name] for name in counts] == [2, 0, 3, 2, 1]
+    assert [row for row in read(output) if row["custom_id"] in ("a", "e")] == kept
+    assert sorted(row["custom_id"] for row in read(output)) == list("abcde")
+    assert {row["custom_id"]: row["response"]["status_code"] for row in read(output)}["b"] == 200
+    before = output.read_bytes()
+    assert run("batch", *arguments).stdout.endswith("nothing was left to do\n")
+    assert output.read_bytes() == before
+    summary = run("batch", *arguments, "--retry-failed").stdout
+    assert "5 rows, 1 of them errors, 4 from before, 1 error tried again" in summary
+
+
+def test_errors_of_a_file_of_their_own_are_tried_again(run: Run, tmp_path: Path) -> None:
+    """Those that the output has from a run without one too; a model that cannot be loaded takes nothing."""
+    source, output, arguments = files(tmp_path, chat("a"), chat("b", n=0))
+    errors = tmp_path / "errors.jsonl"
+
+    def names() -> list[str]:
+        return ["".join(sorted(row["custom_id"] for row in read(path))) for path in (output, errors)]
+
+    run("batch", *arguments)
+    write(source, chat("a"), chat("b", n=0), chat("c", n=0))
+    run("batch", *arguments, "--errors", str(errors))
+    assert names() == ["ab", "c"]
+    again = ("--errors", str(errors), "--retry-failed")
+    assert run("batch", "nothing.gguf", *arguments[1:], *again).exit_code == 5
+    assert names() == ["ab", "c"]
+    write(source, chat("a"), chat("b"), chat("c", n=0))
+    assert run("batch", *arguments, *again).exit_code == 0
+    assert names() == ["ab", "c"]
+    assert all(row["response"]["status_code"] == 200 for row in read(output))
+
+
+def test_errors_of_another_input_are_not_forgotten(run: Run, tmp_path: Path) -> None:
+    """They are refused as ever, and --force keeps them."""
+    source, output, arguments = files(tmp_path, chat("a"), chat("b", n=0))
+    run("batch", *arguments)
+    write(source, chat("a"))
+    refused = run("batch", *arguments, "--retry-failed")
+    assert (refused.exit_code, "answers no row of" in refused.stderr) == (7, True)
+    assert run("batch", *arguments, "--retry-failed", "--force").exit_code == 0
+    assert {row["custom_id"] for row in read(output)} == {"a", "b"}
+
+
+LIMITED = (
+    "import resource, sys\n"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
+    "sys.argv[1:] = sys.argv[2:]\n"
+    "from refengine.cli import main\n"
+    "main()"
+)
+"""The command where no file may grow beyond so many bytes: what a write meets on a full disk."""
+
+
+def limited(models: Path, size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LIMITED, str(size), *arguments]
+    return subprocess.run(
+        command,
+        cwd=models,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
+        check=False,
+    )
+
+
+def test_a_full_disk_keeps_the_rows(models: Path, run: Run, tmp_path: Path) -> None:
+    """Whole ones alone; where there is room again, the same command does the rest."""
+    rows = [completion(f"r{i}", "ab") for i in range(40)]
+    _, output, arguments = files(tmp_path, *rows)
+    result = limited(models, 5000, "batch", *arguments)
+    kept = read(output)
+    assert (result.returncode, result.stdout) == (13, "")
+    assert 3 < len(kept) < 40
+    assert f"Stopped: {len(kept)} of 40 rows answered" in result.stderr
+    assert f"{output} cannot be written: File too large" in result.stderr
+    assert run("batch", *arguments).exit_code == 0
+    assert read(output)[: len(kept)] == kept
+    assert len(by_id(output)) == 40
+
+
+def test_a_full_disk_ends_the_journal(models: Path, run: Run, tmp_path: Path) -> None:
+    """It stops the batch, whose rows stay, or is told where that was asked for; whole lines of it stay."""
+    rows = [completion(f"r{i}", "ab", max_tokens=9) for i in range(12)]
+    _, output, arguments = files(tmp_path, *rows)
+    journal = tmp_path / "journal.jsonl"
+    room = 10_000
+    result = limited(models, room, "batch", *arguments, "--journal", str(journal), "--max-sequences", "2")
+    whole = journal.read_text(encoding="utf-8")
+    lines = whole.count("\n")
+    assert (result.returncode, result.stdout, whole[-1]) == (13, "", "\n")
+    assert 0 < len(read(output)) < 12
+    assert f"{journal} cannot be written: File too large" in result.stderr
+    assert f"Its first {lines:,} lines are whole and stay" in result.stderr
+    assert "The same command with another --journal goes on from there." in result.stderr
+    replayed = run("replay", str(journal), "--row", "r0")
+    assert (replayed.exit_code, replayed.stdout.splitlines()[0]) == (0, "equal")
+    output.unlink()
+    journal.unlink()
+    given = ("--journal", str(journal), "--journal-optional", "--max-sequences", "2")
+    result = limited(models, room, "batch", *arguments, *given)
+    assert (result.returncode, len(read(output))) == (0, 12)
+    assert result.stderr.startswith(f"refengine: warning: the journal {journal} cannot be written")
+    assert result.stderr.count("cannot be written") == 1
+    assert "goes on without it" in result.stderr
+
+
+def test_a_journal_without_a_line_leaves_no_file(models: Path, run: Run, tmp_path: Path) -> None:
+    """On a disk without any room, and where the model cannot be loaded: the name is free for the next run."""
+    _, _, arguments = files(tmp_path, completion("a"))
+    given = (*arguments, "--journal", str(tmp_path / "journal.jsonl"))
+    assert limited(models, 0, "batch", *given).returncode == 13
+    assert run("batch", *given, "--memory", "1kB").exit_code == 11
+    assert not (tmp_path / "journal.jsonl").exists()
+    refused = run("batch", *arguments, "--journal", str(tmp_path / "no" / "journal.jsonl"))
+    assert (refused.exit_code, "cannot be begun" in refused.stderr) == (13, True)
+    assert run("batch", *arguments, "--journal-optional").exit_code == 2
+    assert run("batch", *given).exit_code == 0
 
 
 def wait_for(path: Path, size: int, process: subprocess.Popen[bytes]) -> None:

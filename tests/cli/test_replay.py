@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,17 @@ from refengine.simulation import HeavyTails, Journal, generate, simulate, small_
 Run = Callable[..., Result]
 
 LOAD = generate(HeavyTails(rate=4, tenants=2), 60, seed=1)
+
+
+def sealed(lines: Iterable[str]) -> str:
+    """A journal of changed lines, with the checksums that they would have."""
+    text, crc = "", 0
+    for line in lines:
+        content = {name: value for name, value in json.loads(line).items() if name != "crc"}
+        packed = json.dumps(content, separators=(",", ":"))
+        crc = zlib.crc32(packed.encode(), crc)
+        text += packed[:-1] + f',"crc":{crc}}}\n'
+    return text
 
 
 @pytest.fixture
@@ -55,9 +67,9 @@ def test_a_decision_that_would_be_another_is_told(run: Run, journal: Path) -> No
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     at = next(n for n, text in enumerate(lines) if '"do":[[' in text)
     line = json.loads(lines[at])
-    line["do"][0][1] -= 1
-    lines[at] = json.dumps(line) + "\n"
-    journal.write_text("".join(lines), encoding="utf-8")
+    line["do"][0][1] += 1
+    lines[at] = json.dumps(line)
+    journal.write_text(sealed(lines), encoding="utf-8")
     result = run("replay", str(journal))
     assert result.stderr.endswith(f"1 differ, the first in line {at + 1}\n")
 
@@ -135,7 +147,7 @@ def test_a_request_run_alone_is_equal(run: Run, served: Path) -> None:
         assert (result.exit_code, result.stderr) == (0, "")
         first, second, *_ = result.stdout.splitlines()
         assert first == "equal"
-        assert second.startswith(f"Compared: logits and tokens of request {number}, ")
+        assert second.startswith(f"Compared: logits and tokens of request {number} (row 't")
         told = json.loads(run("replay", str(served), "--request", str(number), "--json").stdout)
         assert told["equal"] is True
         assert all(each["sha256"]["recorded"] == each["sha256"]["now"] for each in told["samples"])
@@ -144,15 +156,15 @@ def test_a_request_run_alone_is_equal(run: Run, served: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("sha256", "0" * 64, "sample 0: the tokens are the same, but logits differ"),
-        ("tokens", [1, 2, 3], "sample 0: token 0 was 1, and is "),
+        ("sha256", "0" * 64, "request 0, sample 0: the tokens are the same, but logits differ"),
+        ("tokens", [1, 2, 3], "request 0, sample 0: token 0 was 1, and is "),
     ],
 )
 def test_a_difference_is_a_finding(run: Run, served: Path, field: str, value: object, told: str) -> None:
     """Told with its place; the exit code is that of findings."""
     lines = [json.loads(line) for line in served.read_text(encoding="utf-8").splitlines()]
     next(line for line in lines if line.get("end") == 0)[field] = value
-    served.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    served.write_text(sealed(map(json.dumps, lines)), encoding="utf-8")
     result = run("replay", str(served), "--request", "0")
     assert result.exit_code == 12
     assert result.stdout.startswith(f"different\n{told}")
@@ -163,7 +175,13 @@ def test_a_difference_is_a_finding(run: Run, served: Path, field: str, value: ob
     [
         (("--request", "0", "--model", "digits.gguf"), 7, "of another model"),
         (("--request", "999"), 7, "no request 999"),
+        (("--request", "-1"), 7, "no request -1"),
+        (("--request", "3"), 7, "sample 1 of request 2"),
         (("--request", "0", "--policy", "sjf"), 2, "--policy"),
+        (("--request", "0", "--row", "t0"), 2, "two names"),
+        (("--row", "t0", "--html", "x.html"), 2, "--html"),
+        (("--row", "t00"), 7, "no row 't00': there are 6; is it 't0'?"),
+        (("--row", ""), 7, "no row ''"),
         (("--model", "digits.gguf"), 2, "--request"),
     ],
 )
@@ -174,6 +192,103 @@ def test_a_request_that_cannot_come_again(
     result = run("replay", str(served), *given)
     assert result.exit_code == code
     assert told in result.stderr.replace("\n", " ")
+
+
+def test_a_row_is_found_by_its_custom_id(run: Run, served: Path) -> None:
+    """All its parts, in their order; each of them is told, and names the row when asked for by its number."""
+    numbers = []
+    for i in range(6):
+        told = json.loads(run("replay", str(served), "--row", f"t{i}", "--json").stdout)
+        assert (told["row"], told["equal"]) == (f"t{i}", True)
+        assert [each["row"] for each in told["requests"]] == [
+            {"custom_id": f"t{i}", "part": 0}, {"custom_id": f"t{i}", "part": 1},
+        ]  # fmt: skip
+        assert all(len(each["samples"]) == 1 + i % 3 for each in told["requests"])
+        numbers += [each["request"] for each in told["requests"]]
+    record = [json.loads(line) for line in served.read_text(encoding="utf-8").splitlines()]
+    assert sorted(numbers) == [line["submit"] for line in record if "submit" in line]
+    result = run("replay", str(served), "--row", "t1")
+    first, *compared, model = result.stdout.splitlines()
+    assert (result.exit_code, first, model.startswith("Model alphabet.gguf")) == (0, "equal", True)
+    assert ["(row 't1', part 1 of 2)" in compared[0], "(row 't1', part 2 of 2)" in compared[1]] == [
+        True,
+        True,
+    ]
+
+
+def test_a_journal_that_breaks_off_tells_what_cannot_be_compared(run: Run, served: Path) -> None:
+    """Requests that had not ended, by name; where nothing is left to compare, that is an error."""
+    lines = served.read_text(encoding="utf-8").splitlines(keepends=True)
+    ends = [at for at, line in enumerate(lines) if line.startswith('{"end"')]
+    number = json.loads(lines[ends[-1]])["end"]
+    first = max(n for line in lines if (n := json.loads(line).get("submit", -1)) <= number)
+    served.write_text("".join(lines[: ends[0]]) + lines[ends[0]][:-20], encoding="utf-8")
+    result = run("replay", str(served), "--request", str(first))
+    assert result.exit_code == 7
+    assert f"Left out: line {ends[0] + 1}, which breaks off" in result.stderr
+    if f'"submit":{first},' in "".join(lines[: ends[0]]):
+        assert "it was still running where that breaks off" in result.stderr
+    else:
+        assert f"no request {first}" in result.stderr
+    assert run("replay", str(served)).exit_code == 0
+
+
+def test_the_recorded_policy_is_the_first_of_the_comparison(run: Run, served: Path) -> None:
+    """With its parameters; the others follow."""
+    told = json.loads(run("replay", str(served), "--json").stdout)
+    assert list(told["policies"]) == ["sjf:ageing=2", "fcfs", "sjf", "fair"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "the journal is empty"),
+        (b"hello\n", "this is no journal"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "this is no journal"),
+        (b'{"id": "batch_req_0"}\n', "this is no journal"),
+        (b"{", "line 1 is not JSON"),
+        (b'{"journal":1,"policy":"fcfs","parameters":{},"cache":null}\n', "is of version 1, and this"),
+        (b'{"journal":2,"policy":"fcfs","parameters":{},"cache":null}\n', "its checksum is another"),
+        (b'{"journal":2,"policy":"fc\xff', "line 1 is not JSON"),
+    ],
+)
+def test_files_that_are_no_journals(run: Run, tmp_path: Path, content: bytes, told: str) -> None:
+    """Empty ones, others, binary ones, those of another version, and those cut in the first line."""
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    for options in ((), ("--request", "0"), ("--damaged",)):
+        result = run("replay", str(path), *options)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert (told in result.stderr, "file.jsonl" in result.stderr) == (True, True)
+
+
+def test_a_damaged_journal_is_read_up_to_there_where_asked(run: Run, served: Path) -> None:
+    """A byte that is none, a number that is another, a line that is missing or there twice."""
+    whole = served.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    middle = len(lines) // 2
+    for damaged in (
+        [*lines[:middle], lines[middle].replace(b'"', b"\xff", 1), *lines[middle + 1 :]],
+        [*lines[:middle], lines[middle].replace(b":", b": ", 1), *lines[middle + 1 :]],
+        [*lines[:middle], *lines[middle + 1 :]],
+        [*lines[:middle], lines[middle - 1], *lines[middle:]],
+    ):
+        served.write_bytes(b"".join(damaged))
+        result = run("replay", str(served))
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert f"line {middle + 1} " in result.stderr
+        assert f"; --damaged reads the {middle} before it, which are whole" in result.stderr
+        result = run("replay", str(served), "--damaged", "--json")
+        assert result.exit_code == 0
+        assert f"Left out: what follows line {middle}, since line {middle + 1} is" in result.stderr
+        assert json.loads(result.stdout)["differing_lines"] == []
+
+
+def test_the_page_does_not_overwrite_the_journal(run: Run, served: Path) -> None:
+    """Nor is anything drawn in its place."""
+    kept = served.read_bytes()
+    assert run("replay", str(served), "--html", str(served)).exit_code == 2
+    assert served.read_bytes() == kept
 
 
 def test_a_simulated_request_has_no_bits(run: Run, journal: Path) -> None:

@@ -6,14 +6,18 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
-import numpy as np
 import pytest
-from fake_backend import NOTHING, FakeBackend, Mishap, Mishaps, choose, history, logits_after, sampler
+from expected import VOCABULARY, Expected, expected
+from fake_backend import FakeBackend, Mishap, Mishaps, sampler
 from tiny_model import tiny_model
+from waits import Waits
 
-from refengine import Engine, EngineConfig, Output, Request, SamplingParams
+from refengine import Engine, EngineConfig, Request, SamplingParams
+from refengine.engine_plan import plan_engine
 from refengine.errors import RequestError, SequenceStateError
+from refengine.scheduler import Decision, Terms, schedule, scheduling_policy
 
 SHORT, LONG = 50_000, 1_000_000
 """Steps of all policies together, in an ordinary run and with ``--refengine-profile thorough``."""
@@ -23,43 +27,7 @@ LIFE = 400
 
 POLICIES = ["fcfs", "sjf:ageing=1", "priority:ageing=2", "fair"]
 
-VOCABULARY = 97
-
 MODELS = {"full": tiny_model("llama", layers=1), "windowed": tiny_model("gemma3", layers=3)}
-
-
-@dataclass
-class Expected:
-    """A sample as it would go alone.
-
-    Attributes:
-        request: what it belongs to.
-        sampling: with its own seed.
-        known: the history of its prompt and output.
-        generated: tokens of output.
-    """
-
-    request: Request
-    sampling: SamplingParams
-    known: int
-    generated: int = 0
-
-    def next(self) -> int:
-        """The token that comes now."""
-        logits = logits_after(np.array([self.known], np.uint64), VOCABULARY)[0]
-        return choose(logits, self.sampling, self.generated)
-
-    def take(self, output: Output) -> None:
-        """An output must be the next one, and end the sample if and only if that is over."""
-        if self.request.max_tokens == 0:
-            assert (output.sampled, output.finish_reason) == (None, "length")
-            return
-        assert output.sampled is not None
-        token = output.sampled.token
-        assert token == self.next(), "another token than alone"
-        self.known, self.generated = history(self.known, token), self.generated + 1
-        reason = "length" if self.generated == self.request.max_tokens else None
-        assert output.finish_reason == ("stop" if token in self.request.stop_ids else reason)
 
 
 @dataclass
@@ -71,6 +39,7 @@ class World:
         policy: of scheduling.
         unfinished: what is expected, by request and sample.
         seen: how often what happened.
+        waits: when who came, was admitted and ended.
     """
 
     seed: int
@@ -96,8 +65,21 @@ class World:
         self.mishaps = Mishaps(rates, self.seed)
         self.backend = FakeBackend(self.mishaps)
         model = MODELS[rng.choice(sorted(MODELS))]
-        self.engine = Engine(model, self.backend, self.config, sample=sampler(self.mishaps))
+        if rng.random() < 0.5:  # a limit with nothing to spare, or hardly anything
+            least = plan_engine(model, self.backend, self.config).most_bytes
+            self.config = replace(self.config, memory=least + rng.choice([0, 0, 1000]))
+        self.forks = rng.random() < 0.5
+        self.decision: Decision
+        self.waits = Waits(scheduling_policy(self.policy), self.config.token_budget)
+        self.engine = Engine(
+            model, self.backend, self.config, sample=sampler(self.mishaps), schedule=self.schedule
+        )
         self.beginning = tuple(rng.randrange(VOCABULARY) for _ in range(30))
+
+    def schedule(self, *given: Any, **more: Any) -> Decision:
+        """The engine's, overheard."""
+        self.decision = schedule(*given, **more)
+        return self.decision
 
     def run(self) -> int:
         """Requests come for a while; then all must end. Gives the number of steps."""
@@ -111,6 +93,7 @@ class World:
             assert taken < 20 * LIFE, "requests do not end"
         assert not self.unfinished, "requests are lost"
         self.nothing_is_left()
+        self.waits.check()
         self.seen.update(event.kind for event in self.engine.recorder.events)
         self.seen["swap"] += sum(bool(e.fields.get("swapped")) for e in self.engine.recorder.events)
         self.seen.update({f"failing {kind}": times for kind, times in self.mishaps.met.items()})
@@ -121,7 +104,7 @@ class World:
         rng = self.random
         if len(self.unfinished) < 12 and rng.random() < 0.35:
             self.submit()
-        if self.unfinished and rng.random() < 0.04:
+        if self.forks and self.unfinished and rng.random() < 0.08:
             self.fork(rng.choice(list(self.unfinished)))
         if self.unfinished and rng.random() < 0.02:
             self.abort(rng.choice(list(self.unfinished)))
@@ -142,13 +125,13 @@ class World:
             deadline=rng.choice([None, None, 30]),
         )
         number = self.engine.submit(request)
-        known = NOTHING
-        for token in request.prompt:
-            known = history(known, token)
-        self.unfinished[number] = {
-            i: Expected(request, replace(request.sampling, seed=request.sampling.seed + i), known)
-            for i in range(request.samples)
-        }
+        self.waits.submitted(
+            Terms(
+                number, self.engine.recorder.step, len(request.prompt), most, request.samples,
+                request.priority, request.tenant, request.deadline,
+            )
+        )  # fmt: skip
+        self.unfinished[number] = expected(request)
 
     def fork(self, number: int) -> None:
         seed = self.random.choice([None, self.random.randrange(1000)])
@@ -159,34 +142,57 @@ class World:
         (parent,) = self.unfinished[number].values()
         sampling = parent.sampling if seed is None else replace(parent.sampling, seed=seed)
         self.unfinished[child] = {0: replace(parent, sampling=sampling)}
+        self.waits.fork(number, child)
         self.seen["forked by a caller"] += 1
 
     def abort(self, number: int) -> None:
         output = self.engine.abort(number)
         assert output is not None
         assert (output.request, output.finish_reason) == (number, "abort")
-        del self.unfinished[number]
+        for index in self.unfinished.pop(number):
+            self.waits.ended(number + index, self.engine.recorder.step)
         assert self.engine.abort(number) is None
         self.seen["abort"] += 1
 
     def step(self) -> None:
         """One step: outputs as expected, each sample's last one once; limits are kept."""
-        met = self.mishaps.met.total()
-        for output in self.engine.step():
+        met, before = self.mishaps.met.total(), self.engine.recorder.step
+        outputs = self.engine.step()
+        if (step := self.engine.recorder.step) > before:
+            self.keeps_to_its_limits()
+            for number, _ in self.decision.compute:
+                self.waits.admitted(number, step)
+        for output in outputs:
             samples = self.unfinished[output.request]  # nobody hears of what has ended
+            number = output.request + output.sample
             if output.finish_reason == "error":
                 assert isinstance(output.error, Mishap), output.error
                 assert self.mishaps.met.total() > met, "failed without a cause"
             else:
                 samples[output.sample].take(output)
+                if output.sampled is not None:
+                    self.waits.generated(number)
             if output.finish_reason:
+                self.waits.ended(number, step)
                 del samples[output.sample]
                 if not samples:
                     del self.unfinished[output.request]
-        layout = self.engine.plan.layout
-        assert self.backend.storage.nbytes <= layout.nbytes
-        held = self.engine.memory().current if self.random.random() < 0.05 else None
-        assert held is None or held.swapped <= self.config.swap
+
+    def keeps_to_its_limits(self) -> None:
+        """Of tokens, of places, of the KV cache, of the host, and of memory in all."""
+        engine, config, plan = self.engine, self.config, self.engine.plan
+        assert sum(tokens for _, tokens in self.decision.compute) <= config.token_budget
+        assert sum(engine._sequences[n].places for n in engine._running) <= config.max_sequences
+        held = self.backend.storage.nbytes
+        assert held <= plan.layout.nbytes
+        assert (swapped := engine._cache.swapped_bytes) <= config.swap
+        if config.memory is not None:
+            assert held + swapped + plan.fixed_bytes + plan.process_bytes <= config.memory
+            if self.random.random() < 0.05:
+                report = engine.memory()
+                assert report.peak.logits <= plan.logits_bytes
+                without = plan.fixed_bytes - plan.logits_bytes + plan.process_bytes
+                assert report.peak.total + without <= config.memory == report.limit
 
     def nothing_is_left(self) -> None:
         """No block, segment, swapped byte or entry of the queue."""
@@ -202,7 +208,9 @@ class World:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_everybody_gets_what_they_would_get_alone(policy: str, pytestconfig: pytest.Config) -> None:
-    """Under every policy, whatever fails: the tokens are those alone, each sample ends once, nothing is left."""
+    """Under every policy, whatever fails: the tokens are those alone, each sample ends once and in time, limits
+    are kept, and nothing is left.
+    """
     thorough = pytestconfig.getoption("--refengine-profile") == "thorough"
     steps, seen = 0, Counter[str]()
     for seed in count():
