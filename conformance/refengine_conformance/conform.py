@@ -10,14 +10,27 @@ import numpy as np
 
 import refengine
 from refengine.backend import registered
+from refengine.program import POLICIES
 from refengine.program import policy as policy_named
 from refengine.specification import clauses
 from refengine_conformance.conformance import Conformance
 from refengine_conformance.outcome import Profile
-from refengine_conformance.registry import Property
+from refengine_conformance.registry import PLAIN, Property
 from refengine_conformance.runner import Result, Worker, run_suite
 from refengine_conformance.subjects import BackendSubject
-from refengine_conformance.support import Examine
+from refengine_conformance.support import Ask, Examine
+
+
+def claimed_policies(backend: str, properties: tuple[Property, ...]) -> tuple[str, ...]:
+    """The policies that the properties are about, but for mixed ones that the backend does not claim.
+
+    Raises:
+        BackendError: it cannot be used.
+    """
+    names = dict.fromkeys((*PLAIN, *POLICIES))
+    about = [name for name in names if any(name in item.policies for item in properties)]
+    with Worker() as worker:
+        return tuple(name for name in about if worker.call(Ask(BackendSubject(backend, name, False), name)))
 
 
 def conform(
@@ -35,7 +48,7 @@ def conform(
 
     Args:
         backend: its registered name.
-        properties: to be held.
+        properties: to be held, each under the policies it is about.
         policies: names of precision policies, one after the other.
         profile, seed: see ``run_suite``.
         fallback: whether golden ops may stand in for what it lacks.
@@ -51,12 +64,14 @@ def conform(
     with Worker() as worker:
         examined = [worker.call(Examine(make)) for _, make in makers]
     results = []
-    for result in run_suite(makers, properties, profile, seed=seed):
-        on_result(result)
-        results.append(result)
+    for maker in makers:
+        about = tuple(item for item in properties if maker[0] in item.policies)
+        for result in run_suite([maker], about, profile, seed=seed):
+            on_result(result)
+            results.append(result)
     info = next((s.info for s in registered() if s.name == examined[0].name), None)
     return Conformance(
-        backend=backend if backend != "auto" else examined[0].name,
+        backend=backend,
         description=info.description if info else "no description",
         devices=examined[0].devices,
         version=refengine.__version__,

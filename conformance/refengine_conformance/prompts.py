@@ -136,7 +136,7 @@ class Prompting:
     def __init__(self, subject: Subject, prompts: Prompts, tokens: int | None = None) -> None:
         self.prompts = prompts
         self.executable = subject.compile(
-            (subject.trace if prompts.sealed is None else subject.trace_sealed)(prompts.model),
+            subject.program(prompts.model, sealed=prompts.sealed is not None),
             prompts.model.weights,
             tokens or prompts.tokens,
             prompts.layout(subject.policy, subject.kv_format),

@@ -20,6 +20,9 @@ Level = Literal["L1", "L2", "L3", "M"]
 Tier = Literal["ops", "models", "state"]
 """Single ops; whole tiny models; the parts that remember (allocator, KV cache, scheduler, sampler)."""
 
+PLAIN = ("float32", "float64")
+"""Policies whose products are those of decoded weights."""
+
 Check = Callable[["Subject", "DataObject"], None]
 
 
@@ -36,6 +39,7 @@ class Property:
         parts: which parts of a subject it exercises: names of ops, or ``allocator``, ``kv_cache``,
             ``scheduler``, ``sampler``, ``decoder``, ``loader``, ``backend``, ``memory_plan``. A fault in one
             of these is looked for here.
+        policies: names of the precision policies that it is about: under others it is not held.
     """
 
     clause: str
@@ -44,6 +48,7 @@ class Property:
     level: Level
     tier: Tier
     parts: frozenset[str]
+    policies: tuple[str, ...] = PLAIN
 
     @property
     def id(self) -> str:
@@ -51,11 +56,19 @@ class Property:
         return f"{self.clause}:{self.name}"
 
 
-def holds(clause: str, *parts: str, level: Level = "L1", tier: Tier = "ops") -> Callable[[Check], Check]:
+def holds(
+    clause: str,
+    *parts: str,
+    level: Level = "L1",
+    tier: Tier = "ops",
+    policies: tuple[str, ...] = PLAIN,
+) -> Callable[[Check], Check]:
     """Declare a check as a property of a clause; the function stays an ordinary function."""
 
     def declare(check: Check) -> Check:
-        check.__dict__["property"] = Property(clause, check.__name__, check, level, tier, frozenset(parts))
+        check.__dict__["property"] = Property(
+            clause, check.__name__, check, level, tier, frozenset(parts), policies
+        )
         return check
 
     return declare

@@ -393,3 +393,18 @@ def simulated(subject: Subject, data: st.DataObject, *names: str, hints: bool = 
     """The steps of some simulations under policies of these names."""
     for _ in range(SIMULATIONS):
         yield from data.draw(simulations(subject, names or ("fcfs",), hints=hints)).steps()
+
+
+def finished(simulation: Simulation) -> Mapping[int, Life]:
+    """Everybody, at the end of a simulation."""
+    for _ in simulation.steps():
+        pass
+    assert not simulation.to_come
+    return simulation.lives
+
+
+def waits_for(simulation: Simulation, life: Life) -> int:
+    """The works of those before a request (SCH-17), with its own and its other samples'."""
+    budget, lives = simulation.limits.token_budget, simulation.lives
+    arrivals = {lives[n].terms.arrival for n in life.before} | {life.terms.arrival}
+    return sum(other.terms.work(budget) for other in lives.values() if other.terms.arrival in arrivals)

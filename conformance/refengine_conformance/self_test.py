@@ -78,10 +78,14 @@ def self_test(profile: Profile, chosen: tuple[Fault, ...], *, seed: int = 0) -> 
         for fault in chosen:
             verdict = judge(fault, worker, profile, seed=seed)
             if verdict.by and verdict.by not in sound:
-                golden = BackendSubject("numpy")
+                golden = BackendSubject("numpy", _policies(verdict.by)[0])
                 task = Task(golden, verdict.by, profile.examples, seed, profile.limit_s, shrink=False)
                 sound[verdict.by] = not worker.hold(task).found
             yield replace(verdict, sound=sound.get(verdict.by or "", True))
+
+
+def _policies(property_id: str) -> tuple[str, ...]:
+    return next(item.policies for item in all_properties() if item.id == property_id)
 
 
 def judge(fault: Fault, worker: Worker, profile: Profile, *, seed: int = 0) -> Verdict:

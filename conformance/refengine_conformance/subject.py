@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.backend import Backend, Executable, KVStorage, load
+from refengine.engine_journal import EngineJournal
 from refengine.loader.checkpoint import Checkpoint
 from refengine.loader.gguf import parse_gguf
 from refengine.memory import (
@@ -32,13 +33,15 @@ from refengine.program import (
     StepInputs,
     Tracer,
     Value,
+    apply_policy,
     plan_memory,
     symbolic_inputs,
 )
 from refengine.quantizer import SEALED_KEYS, SEALED_VALUES, LazyTensor, decode
+from refengine.rerun import Rerun
 from refengine.sampling import sample
 from refengine.scheduler import Queue, SchedulingPolicy, schedule, scheduling_policy
-from refengine.simulation import Journal, Simulator
+from refengine.simulation import Journal, Record, Simulator, Trace, read_journal, replay
 
 NO_CACHE = KVLayout(1, np.dtype(np.float32), (KVGroupLayout(None, (), 1),))
 """The layout of a program without attention."""
@@ -104,8 +107,9 @@ class Subject:
         start: starts the backend; a property may start it more than once.
         policy: the precision policy.
         fallback: whether golden ops may stand in for what the backend lacks.
-        allocator, kv_cache, prefix_cache, kv_format, schedule, sample, decode, parse, tracer, trace,
-            trace_sealed, plan, load: the engine's other parts.
+        allocator, kv_cache, prefix_cache, kv_format, schedule, scheduling, queue, journal, engine_journal,
+            read_journal, replay, rerun, simulator, sample, decode, parse, tracer, trace, trace_sealed,
+            apply_policy, plan, load: the engine's other parts.
     """
 
     start: Callable[[], Backend]
@@ -119,6 +123,10 @@ class Subject:
     scheduling: Callable[..., SchedulingPolicy] = scheduling_policy
     queue: Callable[[SchedulingPolicy], Queue] = Queue
     journal: Callable[..., Journal] = Journal
+    engine_journal: Callable[..., EngineJournal] = EngineJournal
+    read_journal: Callable[..., Record] = read_journal
+    replay: Callable[..., Trace] = replay
+    rerun: Callable[..., Rerun] = Rerun
     simulator: Callable[..., Simulator] = Simulator
     sample: Callable[..., Any] = sample
     decode: Callable[..., Any] = decode
@@ -126,6 +134,7 @@ class Subject:
     tracer: Callable[[], Tracer] = Tracer
     trace: Callable[[Model], Program] = attrgetter("program")
     trace_sealed: Callable[[Model], Program] = attrgetter("sealed_program")
+    apply_policy: Callable[[Program, Policy, Mapping[str, str]], Program] = apply_policy
     load: Callable[[str], Backend] = load
     plan: Callable[..., MemoryPlan] = plan_memory
 
@@ -134,13 +143,22 @@ class Subject:
         """u of the policy's activations: half the distance from 1 to the next number."""
         return float(np.finfo(self.policy.activations).eps) / 2
 
+    def program(self, model: Model, *, sealed: bool = False) -> Program:
+        """A model's program in the policy."""
+        traced = (self.trace_sealed if sealed else self.trace)(model)
+        return self.in_policy(traced, model.weights)
+
+    def in_policy(self, program: Program, weights: Mapping[str, LazyTensor]) -> Program:
+        """A traced program in the policy."""
+        return self.apply_policy(program, self.policy, {name: t.encoding for name, t in weights.items()})
+
     def apply(
         self, op: str, *operands: Operand, rows: Sequence[int] | None = None, **attributes: object
     ) -> FloatArray:
         """One op, through the whole contract: traced, planned, compiled and run.
 
         Activations reach the backend as rows of an F32 table that the op ``embedding`` looks up, so that
-        nothing but the public contract is needed.
+        nothing but the public contract is needed. A product is that of the policy.
 
         Args:
             op: its name.
@@ -169,7 +187,8 @@ class Subject:
             else:
                 weights[name] = Weight(operand.reshape(tokens, -1)).tensor(name)
                 values.append(activation(tracer, inputs, name, operand.shape))
-        program = tracer.finish(getattr(tracer, op)(*values, **attributes))
+        traced = tracer.finish(getattr(tracer, op)(*values, **attributes))
+        program = self.in_policy(traced, weights)
         batch = one_sequence(tokens, rows)
         return self.compile(program, weights, tokens, rows=len(batch.logit_rows)).run(batch)
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from refengine.backend import Backend
 from refengine.ops import OPS
-from refengine.quantizer import ENCODINGS
+from refengine.program import POLICIES
+from refengine.quantizer import ENCODINGS, GROUPED
 from refengine_conformance.subject import Subject
 
-ENCODED_OPS = frozenset({"embedding", "linear"})
-"""The ops whose weight may have any encoding; that of others is held as numbers."""
+ENCODED_OPS: Mapping[str, Iterable[str]] = MappingProxyType(
+    {"embedding": ENCODINGS, "linear": ENCODINGS, "linear_a8": GROUPED, "linear_a16": ENCODINGS}
+)
+"""The ops whose weight may have these encodings; that of others is held as numbers."""
+
+PRODUCTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "plain": frozenset({"linear"}),
+        "a8": frozenset({"linear", "quantize_a8", "linear_a8"}),
+        "a16": frozenset({"linear_a16"}),
+    }
+)
+"""The ops of products that programs hold, by how a policy computes them."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +68,41 @@ class Examine:
         )
 
 
+@dataclass(frozen=True)
+class Ask:
+    """Asks a subject's backend whether it claims a policy; a callable that can be sent to a worker."""
+
+    make: Callable[[], Subject]
+    policy: str
+
+    def __call__(self) -> bool:
+        """Start the backend and ask."""
+        return claims(self.make().start(), self.policy)
+
+
 def support_table(backend: Backend, policy: str) -> tuple[Support, ...]:
-    """Every op, in every encoding that its weight may have."""
-    questions = [(op, e) for op in OPS for e in (ENCODINGS if op in ENCODED_OPS else (None,))]
+    """Every op that the policy's programs hold, in every encoding that its weight may have there."""
+    chosen = POLICIES[policy]
+    others = frozenset[str]().union(*PRODUCTS.values()) - PRODUCTS[chosen.products]
+    questions = [
+        (op, e)
+        for op in OPS
+        if op not in others
+        for e in ENCODED_OPS.get(op, (None,))
+        if not (chosen.products == "a8" and op == "linear" and e in GROUPED)
+    ]
     return tuple(
         Support(op, e, policy, backend.support(op, encoding=e, policy=policy)) for op, e in questions
+    )
+
+
+def claims(backend: Backend, policy: str) -> bool:
+    """Whether the backend says that it computes the policy's products, in some encoding at least."""
+    products = PRODUCTS[POLICIES[policy].products] - {"quantize_a8"}
+    return POLICIES[policy].products == "plain" or any(
+        backend.support(op, encoding=e, policy=policy) is None
+        for op in products - {"linear"}
+        for e in ENCODED_OPS[op]
     )
 
 

@@ -123,7 +123,7 @@ class _OffsetsOfTheStretch(BlockTable):
 
 class _RoundsDown(BlockTable):
     def missing(self, tokens: int) -> int:
-        return max(0, tokens // self._block_size - len(self._blocks))
+        return max(0, tokens // self._block_size - len(self.entries))
 
 
 class _OneBlockEarly(BlockTable):

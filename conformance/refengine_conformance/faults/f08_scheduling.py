@@ -1,16 +1,12 @@
-"""Faults of chapter *Scheduling*."""
+"""Faults of chapter *Scheduling*: in the function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from refengine import backend
-from refengine.memory import KVCacheManager
-from refengine.ops import FloatArray
 from refengine.scheduler import (
     FCFS,
     Decision,
@@ -18,18 +14,16 @@ from refengine.scheduler import (
     Job,
     Limits,
     Missing,
-    Queue,
     Reclaim,
     SchedulingPolicy,
-    Terms,
     schedule,
-    scheduling_policy,
 )
-from refengine.simulation import Done, Journal, Simulator
-from refengine_conformance.faults.fault import Fault, faulty_op
+from refengine_conformance.faults.fault import Fault
 from refengine_conformance.subject import Subject
 
 Blocks = tuple[int, ...]
+
+
 Jobs = Sequence[Job]
 
 
@@ -43,21 +37,6 @@ def scheduled_by(function: Callable[..., Decision]) -> Callable[[], Subject]:
         return function(running, list(waiting), limits, free, missing, reclaim, policy, host)
 
     return lambda: Subject(lambda: backend.load("numpy"), schedule=listed)
-
-
-def ordered_by(
-    scheduling: Callable[..., SchedulingPolicy] = scheduling_policy,
-    queue: Callable[[SchedulingPolicy], Queue] = Queue,
-) -> Callable[[], Subject]:
-    """Makes a subject with other policies, or another queue."""
-    return lambda: Subject(lambda: backend.load("numpy"), scheduling=scheduling, queue=queue)
-
-
-def simulated_by(
-    journal: Callable[..., Journal] = Journal, simulator: Callable[..., Simulator] = Simulator
-) -> Callable[[], Subject]:
-    """Makes a subject with another journal, or another simulator."""
-    return lambda: Subject(lambda: backend.load("numpy"), journal=journal, simulator=simulator)
 
 
 def one_token_more(running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, *given: Any) -> Decision:
@@ -207,7 +186,7 @@ def counted_one_by_one(
 
 def one_place_each(running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, *given: Any) -> Decision:
     """Samples are not counted."""
-    return schedule(running, [replace(job, places=1) for job in waiting], limits, free, *given)
+    return schedule(running, [job._replace(places=1) for job in waiting], limits, free, *given)
 
 
 class OneWay(HostPool):
@@ -215,7 +194,7 @@ class OneWay(HostPool):
 
     def takes(self, job: Job, room: int) -> bool:
         """Half of the price."""
-        return super().takes(replace(job, computed=2 * job.computed), room)
+        return super().takes(job._replace(computed=2 * job.computed), room)
 
 
 class Bottomless(HostPool):
@@ -242,7 +221,7 @@ def host_of(kind: type[HostPool]) -> Callable[..., Decision]:
 
 def unreserved(running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, *given: Any) -> Decision:
     """What the running expect to need is forgotten once they run."""
-    return schedule([replace(job, reserve=()) for job in running], waiting, limits, free, *given)
+    return schedule([job._replace(reserve=()) for job in running], waiting, limits, free, *given)
 
 
 def never_alone(running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, *given: Any) -> Decision:
@@ -250,212 +229,6 @@ def never_alone(running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, *giv
     if not running and waiting and any(n > f for n, f in zip(waiting[0].reserve, free, strict=False)):
         return Decision((), ())
     return schedule(running, waiting, limits, free, *given)
-
-
-def in_vain(
-    running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, missing: Missing, reclaim: Reclaim,
-    policy: SchedulingPolicy, *more: Any,
-) -> Decision:  # fmt: skip
-    """The least urgent goes for a more urgent one, whether that helps or not."""
-    decision = schedule(running, waiting, limits, free, missing, reclaim, policy, *more)
-    computed = dict(decision.compute)
-    left = [job for job in waiting if job.id not in computed]
-    if not policy.preempts or decision.preempt or not left or not running:
-        return decision
-    last = max(running, key=lambda job: policy.rank(job.terms))
-    if policy.rank(left[0].terms) > policy.rank(last.terms):
-        return decision
-    return Decision((last.id,), tuple(pair for pair in decision.compute if pair[0] != last.id))
-
-
-def decoding_first(
-    running: Jobs, waiting: Jobs, limits: Limits, free: Blocks, missing: Missing, reclaim: Reclaim,
-    policy: SchedulingPolicy, *more: Any,
-) -> Decision:  # fmt: skip
-    """Whatever the policy, nobody gives way but for want of memory."""
-    return schedule(running, waiting, limits, free, missing, reclaim, replace(policy, preempts=False), *more)
-
-
-def remade(change: Callable[[SchedulingPolicy], SchedulingPolicy]) -> Callable[..., SchedulingPolicy]:
-    """Policies by name, with a change to each."""
-    return lambda name, **parameters: change(scheduling_policy(name, **parameters))
-
-
-class Ranked(SchedulingPolicy):
-    """Forgets deadlines."""
-
-    def rank(self, terms: Terms) -> tuple[int, int]:
-        """As if there were none."""
-        return super().rank(replace(terms, deadline=None))
-
-
-class Boundless(SchedulingPolicy):
-    """Forgets patience."""
-
-    def rank(self, terms: Terms) -> tuple[int, int]:
-        """The handicap as it comes."""
-        return replace(self, patience=10**9).rank(terms) if self.patience < 10**9 else super().rank(terms)
-
-
-def of_kind(kind: type[SchedulingPolicy]) -> Callable[[SchedulingPolicy], SchedulingPolicy]:
-    """A policy of another kind with all that one has."""
-    return lambda policy: kind(**{name: getattr(policy, name) for name in policy.__dataclass_fields__})
-
-
-def output_only(policy: SchedulingPolicy) -> SchedulingPolicy:
-    """The prompt costs nothing."""
-    return replace(policy, handicap=lambda terms: policy.handicap(replace(terms, prompt=1)))
-
-
-def prompts_only(policy: SchedulingPolicy) -> SchedulingPolicy:
-    """The output is not known, so it is not counted."""
-    return replace(policy, handicap=lambda terms: policy.handicap(replace(terms, output=0)))
-
-
-def ageless(policy: SchedulingPolicy) -> SchedulingPolicy:
-    """Urgency is all, however long one waits."""
-    if policy.name != "priority":
-        return policy
-    return replace(policy, handicap=lambda terms: 10**6 * (9 - terms.priority), patience=10**7)
-
-
-def whatever(name: str, **parameters: int) -> SchedulingPolicy:
-    """A name that nobody knows is the default's."""
-    try:
-        return scheduling_policy(name, **parameters)
-    except ValueError:
-        return scheduling_policy("fcfs")
-
-
-class BackOfTheQueue(Queue):
-    """The pre-empted come again as new ones do."""
-
-    def preempt(self, id: int) -> None:
-        """To the place of its rank."""
-        terms = self.terms(id)
-        self.end(id)
-        self.submit(id, terms)
-
-
-class StaleAccounts(Queue):
-    """Who comes back finds the account as it was."""
-
-    def submit(self, id: int, terms: Terms) -> None:
-        """Nothing is raised."""
-        latest, self._latest = self._latest, 0
-        super().submit(id, terms)
-        self._latest = latest
-
-
-class Unreturned(Queue):
-    """What was promised and not generated stays charged."""
-
-    def end(self, id: int, generated: int = 0) -> None:
-        """As if all had been."""
-        super().end(id, self._places[id].promised)
-
-
-class PromptsOnly(Queue):
-    """Accounts count prompts."""
-
-    def submit(self, id: int, terms: Terms) -> None:
-        """Without what it is to generate."""
-        super().submit(id, replace(terms, output=0))
-
-    def end(self, id: int, generated: int = 0) -> None:
-        """Nor what it has."""
-        super().end(id, 0)
-
-
-class HeadOnly(Journal):
-    """Writes down the running, and of the waiting nobody."""
-
-    def recording(self, schedule: Callable[..., Decision] = schedule) -> Callable[..., Decision]:
-        """With a decision made for all."""
-
-        def recorded(running: Jobs, waiting: Iterable[Job], *given: Any) -> Decision:
-            decision = schedule(running, list(waiting), *given)
-            super(HeadOnly, self).recording(lambda *given: decision)(running, [], *given)
-            return decision
-
-        return recorded
-
-
-class Roundly(Journal):
-    """Writes times in whole seconds."""
-
-    def submit(self, id: int, terms: Terms, time: float, *given: Any, **named: Any) -> None:
-        """To save space."""
-        super().submit(id, terms, round(time), *given, **named)
-
-
-class Leaking(Simulator):
-    """Who is ended by its caller keeps its blocks."""
-
-    def _end(self, number: int, reason: str) -> None:
-        kept = number, (1,) * len(self.layout.groups)
-        super()._end(number, reason)
-        if reason == "abort":
-            self.memory.grow(kept, 1)
-
-
-class TokensOnly(Simulator):
-    """Contexts cost nothing."""
-
-    def _step(self) -> Done:
-        self.costs = replace(self.costs, position=0.0)
-        return super()._step()
-
-
-class Endless(Simulator):
-    """Those of a failed step are told that they go on, and are never heard of again."""
-
-    def _fail(self, decision: Decision) -> list[int]:
-        super()._fail(decision)
-        return []
-
-
-def summed_in_batch_order(
-    x: FloatArray, weight: FloatArray, bias: FloatArray | None = None, *, out: FloatArray | None = None
-) -> FloatArray:
-    """One dot product alone, and for several rows partial sums of odd and even elements."""
-    exact = x.dtype.type
-    if len(x) == 1:
-        y = np.stack([np.cumsum(row * x[0], dtype=exact)[-1] for row in weight])[None]
-    else:
-        y = sum((x[:, part::2, None] * weight.T[None, part::2]).sum(1, dtype=exact) for part in (0, 1))
-    y = y if bias is None else y + bias
-    if out is None:
-        return y
-    out[...] = y
-    return out
-
-
-class FirstGroupReleased(KVCacheManager):
-    """Forgets a sequence and gives back its blocks of the first group only."""
-
-    def release(self, sequence: Hashable) -> None:
-        """Give back what is in the first table."""
-        for table in self.tables(sequence)[:1]:
-            table.release_all()
-        self._sequences.pop(sequence, None)
-
-
-class KeptOnRelease(KVCacheManager):
-    """Keeps the last block of a sequence that is cut off in the middle of a block."""
-
-    def release(self, sequence: Hashable) -> None:
-        """Give back whole blocks."""
-        for table in self.tables(sequence):
-            for block in table.blocks[:-1]:
-                if block >= 0:
-                    table._allocator.release(int(block))
-        self._sequences.pop(sequence, None)
-
-
-def cached_by(manager: Callable[..., Any]) -> Callable[[], Subject]:
-    """Makes a subject with another manager of the KV cache."""
-    return lambda: Subject(lambda: backend.load("numpy"), kv_cache=manager)
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -574,24 +347,6 @@ FAULTS: tuple[Fault, ...] = (
         scheduled_by(whole_prompts_only),
     ),
     Fault(
-        "sums depend on the number of rows",
-        "SCH-13",
-        "A BLAS takes another kernel, with another order of additions, for one row than for several.",
-        faulty_op("linear", summed_in_batch_order),
-    ),
-    Fault(
-        "only the first group's blocks come back",
-        "SCH-14",
-        "A second kind of layer was added and the release forgotten.",
-        cached_by(FirstGroupReleased),
-    ),
-    Fault(
-        "the block begun is kept",
-        "SCH-14",
-        "The number of blocks to give back is rounded down.",
-        cached_by(KeptOnRelease),
-    ),
-    Fault(
         "samples find no place",
         "SCH-15",
         "A request is counted as one sequence until it parts.",
@@ -610,72 +365,6 @@ FAULTS: tuple[Fault, ...] = (
         scheduled_by(host_of(Bottomless)),
     ),
     Fault(
-        "the pre-empted queue up again",
-        "SCH-17",
-        "A request that lost its blocks loses its place too.",
-        ordered_by(queue=BackOfTheQueue),
-    ),
-    Fault(
-        "deadlines are forgotten",
-        "SCH-18",
-        "The hint is accepted and never looked at.",
-        ordered_by(remade(of_kind(Ranked))),
-    ),
-    Fault(
-        "patience has no end",
-        "SCH-18",
-        "The handicap is not cut.",
-        ordered_by(remade(of_kind(Boundless))),
-    ),
-    Fault(
-        "prompts cost nothing",
-        "SCH-18",
-        "Only the output is estimated.",
-        ordered_by(remade(output_only)),
-    ),
-    Fault(
-        "answers cost nothing",
-        "SCH-18",
-        "The length of the prompt is taken for that of the job.",
-        ordered_by(remade(prompts_only)),
-    ),
-    Fault(
-        "priority without age",
-        "SCH-19",
-        "The less urgent wait for ever.",
-        ordered_by(remade(ageless)),
-    ),
-    Fault(
-        "pre-emption in vain",
-        "SCH-19",
-        "A victim is chosen before it is known whether that helps.",
-        scheduled_by(in_vain),
-    ),
-    Fault(
-        "the urgent wait like all others",
-        "SCH-19",
-        "Priority orders the queue and takes nothing from the running.",
-        scheduled_by(decoding_first),
-    ),
-    Fault(
-        "turns are saved up",
-        "SCH-20",
-        "A tenant that stayed away for a day is served alone for another.",
-        ordered_by(queue=StaleAccounts),
-    ),
-    Fault(
-        "what is not generated is charged",
-        "SCH-20",
-        "A high max_tokens costs a tenant its turns.",
-        ordered_by(queue=Unreturned),
-    ),
-    Fault(
-        "prompts are counted alone",
-        "SCH-20",
-        "Short questions with long answers are free.",
-        ordered_by(queue=PromptsOnly),
-    ),
-    Fault(
         "expectations end with admission",
         "SCH-21",
         "What the running still need is promised to the waiting.",
@@ -686,41 +375,5 @@ FAULTS: tuple[Fault, ...] = (
         "SCH-21",
         "A guess above the pool's size is taken for a need.",
         scheduled_by(never_alone),
-    ),
-    Fault(
-        "unknown policies are the default",
-        "SCH-22",
-        "A typing error in a configuration goes unnoticed for months.",
-        ordered_by(whatever),
-    ),
-    Fault(
-        "the waiting are not written down",
-        "SCH-23",
-        "A journal of what runs, from which no admission can be explained.",
-        simulated_by(journal=HeadOnly),
-    ),
-    Fault(
-        "times are rounded",
-        "SCH-23",
-        "Seconds are enough for people, and requests that came apart come together.",
-        simulated_by(journal=Roundly),
-    ),
-    Fault(
-        "the aborted leave a block behind",
-        "SCH-24",
-        "A way out that nobody took in tests.",
-        simulated_by(simulator=Leaking),
-    ),
-    Fault(
-        "contexts cost nothing",
-        "SCH-24",
-        "A step of long contexts takes as long as one of short ones.",
-        simulated_by(simulator=TokensOnly),
-    ),
-    Fault(
-        "failed requests are not heard of",
-        "SCH-24",
-        "The error is logged, and the caller waits.",
-        simulated_by(simulator=Endless),
     ),
 )

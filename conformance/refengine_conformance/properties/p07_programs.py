@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,9 +131,10 @@ def operands_that_do_not_fit_are_refused(subject: Subject, data: st.DataObject) 
     """A signature's operands are accepted; one axis, size or operand more, less or other is not."""
     op = data.draw(st.sampled_from(sorted(OPS)))
     operands = OPS[op].signature.operands
-    words = {dim for operand in operands for dim in operand.dims if dim != "..."}
+    dims_of_all = (dim for operand in operands for dim in operand.dims if dim != "...")
+    words = {word for dim in dims_of_all for word in re.split(r"[*/]", dim) if not word.isdigit()}
     symbolic = data.draw(st.sets(st.sampled_from(["T", "S", "S1", "R", "M", "B", "P"])))
-    sizes = {word: word if word in symbolic else 4 * (3 + n) for n, word in enumerate(sorted(words))}
+    sizes = {word: word if word in symbolic else 32 * (3 + n) for n, word in enumerate(sorted(words))}
     fitting = [_shape(operand, sizes) for operand in operands]
     attributes = {"rope_table": {"dims": 8}, "split_heads": {"heads": 2}}.get(op, {})
     tracer = subject.tracer()
@@ -473,7 +475,15 @@ def _cells(
 
 def _shape(operand: Operand, sizes: Mapping[str, Dim]) -> Shape:
     """A shape that fits; ``...`` stands for one axis."""
-    return tuple("T" if dim == "..." else sizes[dim] for dim in operand.dims)
+    return tuple("T" if dim == "..." else _size(dim, sizes) for dim in operand.dims)
+
+
+def _size(dim: str, sizes: Mapping[str, Dim]) -> Dim:
+    """A number, a word's size, or the quotient of a word and a number."""
+    word, _, divisor = dim.partition("/")
+    if not divisor:
+        return int(dim) if dim.isdigit() else sizes[dim]
+    return int(sizes[word]) // int(divisor)
 
 
 def _record(tracer: Tracer, op: str, shapes: Sequence[Shape], attributes: Mapping[str, int]) -> Value:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 from hypothesis import strategies as st
 
-from refengine.backend import registry
+from refengine.backend import Backend, registry
 from refengine.backend.info import BackendInfo
 from refengine.errors import (
     BackendError,
@@ -29,10 +29,11 @@ from refengine.errors import (
     UnknownBackendError,
     UnsupportedError,
 )
+from refengine.memory import KVLayout
 from refengine.models import Model
 from refengine.models.families import FAMILIES
 from refengine.ops import OPS
-from refengine.program import POLICIES, StepBatch, StepInputs, input_arrays
+from refengine.program import POLICIES, MemoryPlan, Program, StepBatch, StepInputs, input_arrays
 from refengine.quantizer import ENCODINGS, LazyTensor
 from refengine_conformance.bounds import check_bound
 from refengine_conformance.naive_model import naive_logits
@@ -321,8 +322,7 @@ def memory_is_what_was_planned(subject: Subject, data: st.DataObject) -> None:
     commit_all(cache, layout)
     with_cache = _check_memory(backend.memory())
     assert with_cache.kv_cache - before.kv_cache == layout.nbytes
-    sizes = {"T": case.tokens, "S": case.tokens, "R": case.tokens}
-    plan = subject.plan(program, subject.policy, sizes)
+    plan = _plan(subject, backend, program, case.tokens, layout)
     weights = backend.upload(case.model.weights, subject.policy)
     executable = backend.compile(
         program, subject.policy, plan, weights, layout, cache, fallback=subject.fallback
@@ -442,6 +442,12 @@ def weights_take_what_was_planned(subject: Subject, data: st.DataObject) -> None
         assert (use.weights, use.mapped) == (plan.held, plan.mapped + plan.streamed)
 
 
+def _plan(subject: Subject, backend: Backend, program: Program, tokens: int, layout: KVLayout) -> MemoryPlan:
+    """The plan for steps of so many tokens, the backend's working memory included."""
+    policy, sizes = subject.policy, {"T": tokens, "S": tokens, "R": tokens, "P": layout.block_size}
+    return subject.plan(program, policy, sizes, lambda i, s: backend.workspace(i, s, policy))
+
+
 class _Limited:
     """Whole prompts on a backend of its own, whose weights may take so many bytes."""
 
@@ -455,7 +461,7 @@ class _Limited:
         self._executable = self.backend.compile(
             program,
             policy,
-            subject.plan(program, policy, {"T": case.tokens, "S": case.tokens, "R": case.tokens}),
+            _plan(subject, self.backend, program, case.tokens, layout),
             self.backend.upload(weights, policy, self.plan),
             layout,
             cache,

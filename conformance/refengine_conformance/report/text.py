@@ -100,8 +100,8 @@ def _clauses(run: Conformance) -> Table:
         cells = []
         for policy in run.policies:
             kind = worst_kind(r for r in results if r.policy == policy)
-            style = {"passed": "green", "unsupported": "yellow"}.get(kind, "bold red")
-            cells.append(_text(WORDS[kind], style))
+            style = {None: "dim", "passed": "green", "unsupported": "yellow"}.get(kind, "bold red")
+            cells.append(_text(WORDS[kind] if kind else "–", style))
         clause = run.clauses.get(id)
         table.add_row(id, *cells, clause.title if clause else "not in the specification")
     return table

@@ -62,9 +62,9 @@ def by_property(findings: Iterable[Result]) -> list[list[Result]]:
     return list(grouped.values())
 
 
-def worst_kind(results: Iterable[Result]) -> Kind:
-    """The gravest of the outcomes."""
-    return min((r.outcome.kind for r in results), key=_WORST_FIRST.index)
+def worst_kind(results: Iterable[Result]) -> Kind | None:
+    """The gravest of the outcomes; ``None`` where there is none."""
+    return min((r.outcome.kind for r in results), key=_WORST_FIRST.index, default=None)
 
 
 def worst_error(result: Result) -> str:
