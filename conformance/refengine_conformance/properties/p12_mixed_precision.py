@@ -28,7 +28,7 @@ from refengine_conformance.naive_mixed import CODED, GROUP, a8_bound, a8_product
 from refengine_conformance.prompts import Chunk, Prompting, Prompts
 from refengine_conformance.properties.p03_encodings import LAYOUTS, some_supported
 from refengine_conformance.registry import holds
-from refengine_conformance.subject import Subject, Weight, activation, commit_all, one_sequence
+from refengine_conformance.subject import Input, Subject, Weight, activation, commit_all, one_sequence
 
 MIXED8, MIXED16 = ("mixed8",), ("mixed16",)
 MIXED = MIXED8 + MIXED16
@@ -84,7 +84,7 @@ def coded_weight(encoding: str, columns: int, data: st.DataObject, rows: int = 3
 def supported(subject: Subject, data: st.DataObject, op: str, count: int = 2) -> list[str]:
     """Some encodings in which the backend computes a product; one to be refused, if it has none."""
     support = subject.start().support
-    among = CODED if op == "linear_a8" else tuple(ENCODINGS)
+    among = tuple(ENCODINGS) if op == "linear_a16" else CODED
     names = [n for n in among if support(op, encoding=n, policy=subject.policy.name) is None]
     return data.draw(st.permutations(names or [among[0]]), "encodings")[:count]
 
@@ -385,7 +385,10 @@ def other_ops_are_those_of_float32(subject: Subject, data: st.DataObject) -> Non
     x, y = rng.standard_normal((2, data.draw(st.integers(1, 20)), 96)).astype(np.float32)
     weight = Weight(rng.standard_normal(96).astype(np.float32))
     plain = replace(subject, policy=POLICIES["float32"])
+    table = rng.standard_normal((len(x), 32)).astype(np.float32)
     activation_name = data.draw(st.sampled_from(["silu", "gelu_tanh"]))
+    pairing = data.draw(st.sampled_from(["halves", "interleaved"]))
+    looked_up = coded_weight(supported(subject, data, "embedding", 1)[0], 64, data)
     results = [
         (
             one.apply("rms_norm", x, weight, eps=1e-5),
@@ -393,6 +396,8 @@ def other_ops_are_those_of_float32(subject: Subject, data: st.DataObject) -> Non
             one.apply("softcap", x, cap=2.0),
             one.apply("add", x, y),
             one.apply("scale", x, factor=0.3),
+            one.apply("rope", x.reshape(len(x), 3, 32), table, pairing=pairing),
+            one.apply("embedding", Input("token_ids"), looked_up),
         )
         for one in (subject, plain)
     ]
