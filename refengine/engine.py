@@ -468,12 +468,14 @@ class Engine:
                 tokens += known[stop - count : stop]
                 wanted.append(min(count, max(stop - sequence.first_logits, 0)))
         numbers = [number for number, _ in compute]
-        counts, context_lens = _int32([count for _, count in compute]), _int32(stops)
-        query_starts = np.zeros(len(compute) + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        positions = _last(context_lens, counts)
+        context_lens = _int32(stops)
+        query_starts = np.arange(len(compute) + 1, dtype=np.int32)
+        positions, rows = context_lens - 1, query_starts[:-1]
+        if len(tokens) > len(compute):
+            counts = _int32([count for _, count in compute])
+            positions, rows = _last(context_lens, counts), rows.repeat(counts)
+            np.cumsum(counts, out=query_starts[1:])
         tables = tuple([self._memory.padded_tables(numbers, g) for g in range(len(self._pools))])
-        rows = np.arange(len(compute)).repeat(counts)
         size = self.plan.layout.block_size
         batch = StepBatch(
             token_ids=_int32(tokens),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from refengine.engine_plan import EnginePlan
@@ -34,7 +34,7 @@ class Holdings:
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self.weights + self.mapped + self.arena + self.logits + self.kv_cache + self.swapped
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def check_step_batch(
             f"but the vocabulary has {vocabulary_size} entries"
         )
     starts = batch.query_starts
-    lengths = np.diff(starts)
+    lengths = starts[1:] - starts[:-1]
     if starts.shape != (sequences + 1,) or starts[0] != 0 or starts[-1] != tokens or (lengths < 1).any():
         raise RequestError(
             f"query_starts {starts.tolist()} does not cut {tokens} tokens into {sequences} parts"
