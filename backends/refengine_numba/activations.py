@@ -1,17 +1,6 @@
-"""Activations as codes: the policy ``mixed8``, its definition in NumPy and its kernel.
+"""Activations as codes, for products of the policy ``mixed8``: what ``refengine.ops.quantize_a8`` defines.
 
-A row of activations is cut into groups of 32. A group becomes 32 integers from -127 to 127, the *codes*, and
-one float32 *scale*. All arithmetic is float32 with one rounding per operation:
-
-- ``scale = max |x| / 127``
-- ``code = x / scale`` rounded to the nearest integer, ties to even, and moved into -127 to 127 (below the
-  normal numbers, where a scale is inexact, the quotient can be greater)
-- where the scale is 0, all codes are 0
-- where ``max |x|`` is infinite or some x is NaN, the scale is infinite or NaN, and all codes are 1: so every
-  product with the group is NaN or infinite, and what cannot be computed shows.
-
-For kernels, a group is a *record* of 48 bytes: 32 codes; then float32 scale; float32 ``scale · sum`` of its
-codes; int32 sum of its codes; int32 sum of the second 16. Records lie by chunks of at most :data:`CHUNK`
+Only the places of its records, of 48 bytes each, are others: they lie by chunks of at most :data:`CHUNK`
 rows; in a chunk group by group, in a group row by row.
 """
 
@@ -20,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from refengine_numba.compilation import part
 from refengine_numba.layout import GROUP
@@ -57,18 +45,6 @@ def record_bytes(rows: int, columns: int) -> int:
     return rows * (columns // GROUP) * RECORD_BYTES
 
 
-def codes_of(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The definition: float32 [T, K] -> codes int8 [T, K / 32, 32] and scales float32 [T, K / 32]."""
-    groups = x.reshape(len(x), -1, GROUP)
-    with np.errstate(all="ignore"):
-        scales = np.abs(groups).max(axis=2) / np.float32(127)
-        usable = ((scales > 0) & (scales < np.inf))[..., None]
-        quotients = groups / np.where(usable, scales[..., None], np.float32(1))
-        codes = np.clip(np.rint(quotients), -127, 127)
-        finite = np.isfinite(scales)[..., None]
-        return np.where(usable, codes, np.where(finite, 0, 1)).astype(np.int8), scales
-
-
 @part
 def record_at(row: int, group: int, rows: int, groups: int) -> int:
     """Where the record of a row's group starts."""
@@ -79,7 +55,7 @@ def record_at(row: int, group: int, rows: int, groups: int) -> int:
 
 @part
 def quantize_groups(thread: int, threads: int, x: Any, records: Any, rows: int, groups: int) -> None:
-    """Write the records of a thread's share of groups.
+    """Write the records of a thread's share of rows.
 
     Args:
         thread: from 0.
@@ -89,8 +65,8 @@ def quantize_groups(thread: int, threads: int, x: Any, records: Any, rows: int, 
         rows: of activations.
         groups: of a row.
     """
-    first, last = share(rows * groups, thread, threads)
-    for item in range(first, last):
+    first, last = share(rows, thread, threads)
+    for item in range(first * groups, last * groups):
         row, group = item // groups, item % groups
         low, high = load_f32(x, item * GROUP), load_f32(x, item * GROUP + 16)
         unsigned = splat_i32(0x7FFFFFFF)

@@ -27,8 +27,8 @@ ROUND = 16
 STATE_WORDS = 32
 """Words of a barrier's state."""
 
-SPINS = 100
-"""Looks before a thread first gives way: some microseconds."""
+SPINS = 2000
+"""Looks before a thread first gives way: some tens of microseconds."""
 
 YIELDS = 4000
 """Looks with giving way in between, before a thread first sleeps: some milliseconds."""

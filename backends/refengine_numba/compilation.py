@@ -8,11 +8,12 @@ bounds are checked; a change anywhere starts an empty one.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,22 @@ def entry(signature: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         with _own_cache() as cached:
-            return numba.cfunc(signature, nopython=True, cache=cached, error_model="numpy")(function)
+            compiled = numba.cfunc(signature, nopython=True, cache=cached, error_model="numpy")(function)
+        if not compiled.cache_hits:
+            _announce()
+        return compiled
 
     return decorate
+
+
+@cache
+def _announce() -> None:
+    """Say, once a process, why it takes so long."""
+    folder = cache_folder()
+    logging.getLogger("refengine").warning(
+        "compiling kernels for this processor%s",
+        f": once, they are kept in {folder}" if folder else f"; {VARIABLE} names no folder to keep them in",
+    )
 
 
 def inlined(target: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -21,9 +21,10 @@ from numba.extending import intrinsic
 from refengine.quantizer import encoding as encoding_named
 from refengine_numba.activations import RECORD_BYTES, quantize_groups
 from refengine_numba.compilation import entry, part
+from refengine_numba.halves import round_rows
 from refengine_numba.layout import GROUP, LAYOUTS, TILE_ROWS
 from refengine_numba.packing import pack_tiles
-from refengine_numba.product import multiply_codes, multiply_floats
+from refengine_numba.product import multiply_codes, multiply_floats, multiply_halves
 from refengine_numba.rows import look_up
 from refengine_numba.vectors import address, is_flat
 
@@ -48,6 +49,20 @@ def call(typingctx: Any, function: Any, thread: Any, threads: Any, arguments: An
 
 
 @intrinsic
+def call_at(typingctx: Any, function: Any, thread: Any, threads: Any, arguments: Any) -> Any:
+    """Call the entry at an address, with the arguments at another."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word, word.as_pointer()])
+        where = builder.inttoptr(args[3], word.as_pointer())
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2], where])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def pointer(typingctx: Any, where: Any) -> Any:
     """An address as a pointer."""
 
@@ -57,6 +72,16 @@ def pointer(typingctx: Any, where: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
+@intrinsic
+def address_of(typingctx: Any, arguments: Any) -> Any:
+    """The address of an entry's arguments."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(arguments), codegen
+
+
 @part
 def bytes_at(where: int, length: int) -> Any:
     """A uint8 array there."""
@@ -64,9 +89,21 @@ def bytes_at(where: int, length: int) -> Any:
 
 
 @part
+def words_at(where: int, length: int) -> Any:
+    """An int64 array there."""
+    return carray(pointer(where), (length,), np.int64)
+
+
+@part
 def floats_at(where: int, length: int) -> Any:
     """A float32 array there."""
     return carray(pointer(where), (length,), np.float32)
+
+
+@part
+def doubles_at(where: int, length: int) -> Any:
+    """A float64 array there."""
+    return carray(pointer(where), (length,), np.float64)
 
 
 @part
@@ -131,6 +168,35 @@ def float32_entry(encoding: str) -> Any:
 
 
 @cache
+def mixed16_entry(encoding: str) -> Any:
+    """The product with rows rounded to float16.
+
+    Arguments: tiles, bytes of tiles, rounded rows, bias (0: none), y, rows N, columns K, rows of activations
+    T, their powers of two.
+    """
+    LAYOUTS[encoding]
+
+    @entry(SIGNATURE)
+    def run(thread: int, threads: int, a: Any) -> None:
+        rows, size, count = a[5], a[6], a[7]
+        multiply_halves(
+            encoding,
+            thread,
+            threads,
+            bytes_at(a[0], a[1]),
+            floats_at(a[2], count * size),
+            floats_at(a[8], count),
+            floats_at(a[3], rows if a[3] != 0 else 0),
+            floats_at(a[4], count * rows),
+            rows,
+            size,
+            count,
+        )
+
+    return run
+
+
+@cache
 def rows_entry(encoding: str) -> Any:
     """Rows of a table. Arguments: tiles, bytes of tiles, ids (int32), y, number of ids T, columns K."""
     LAYOUTS[encoding]
@@ -164,6 +230,26 @@ def quantize_entry() -> Any:
             bytes_at(a[1], rows * groups * RECORD_BYTES),
             rows,
             groups,
+        )
+
+    return run
+
+
+@cache
+def round_entry() -> Any:
+    """Activations to rows rounded to float16, by rows. Arguments: x, rounded, powers, rows T, columns K."""
+
+    @entry(SIGNATURE)
+    def run(thread: int, threads: int, a: Any) -> None:
+        rows, size = a[3], a[4]
+        round_rows(
+            thread,
+            threads,
+            floats_at(a[0], rows * size),
+            floats_at(a[1], rows * size),
+            floats_at(a[2], rows),
+            rows,
+            size,
         )
 
     return run

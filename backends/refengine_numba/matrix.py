@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,24 +12,15 @@ from refengine.errors import NumericalError
 from refengine.quantizer import LazyTensor
 from refengine_numba import repack
 from refengine_numba.activations import record_bytes
-from refengine_numba.finite import all_finite
-from refengine_numba.layout import GROUP
+from refengine_numba.arguments import Arguments, check
+from refengine_numba.finite import all_finite, fit_float16
+from refengine_numba.layout import GROUP, TILE_ROWS
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-
-@dataclass(frozen=True, eq=False)
-class Arguments:
-    """Of one call of an entry.
-
-    Attributes:
-        words: int64, what the entry reads: addresses and sizes.
-        arrays: whose addresses these are; kept alive with them.
-    """
-
-    words: NDArray[np.int64]
-    arrays: tuple[NDArray[Any], ...]
+PART_BYTES = 2**22
+"""Stored bytes of a matrix that are repacked at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,83 +45,161 @@ class TiledMatrix:
 
     def __post_init__(self) -> None:
         nbytes = repack.layout_of(self.encoding).nbytes(self.rows, self.columns)
-        _check("tiles", self.tiles, np.uint8, (nbytes,))
+        check("tiles", self.tiles, np.uint8, (nbytes,))
 
     @classmethod
-    def of(cls, tensor: LazyTensor, out: Bytes | None = None) -> TiledMatrix:
+    def of(cls, tensor: LazyTensor, out: Bytes | None = None, *, halves: bool = False) -> TiledMatrix:
         """Repack a stored matrix, into ``out`` if given.
+
+        A part at a time, whose pages of the file are given back: so a matrix is hardly ever held twice.
+
+        Args:
+            halves: whether its weights will be rounded to float16.
 
         Raises:
             UnsupportedError: the encoding has no kernels.
             ValueError: the tensor has not two axes, or ``out`` is not of its size.
-            NumericalError: a weight is infinite or NaN.
+            NumericalError: a weight is infinite or NaN, or, for ``halves``, would be.
         """
         if len(tensor.shape) != 2:
             raise ValueError(f"{tensor.name} {list(tensor.shape)} is no matrix")
-        repack.layout_of(tensor.encoding)
-        if not all_finite(tensor.encoding, tensor.data):
-            raise NumericalError(
-                f"tensor {tensor.name} holds NaN or infinity: the file is damaged, "
-                "or was quantized from damaged weights; get it again or use another one"
-            )
-        return cls(tensor.encoding, *tensor.shape, repack.pack(tensor.encoding, tensor.data, out))
+        layout, (count, columns) = repack.layout_of(tensor.encoding), tensor.shape
+        tiles = repack.aligned(layout.nbytes(count, columns)) if out is None else out
+        matrix = cls(tensor.encoding, count, columns, tiles)
+        for start, stop, data in _parts(tensor):
+            if not all_finite(tensor.encoding, data):
+                raise NumericalError(
+                    f"tensor {tensor.name} holds NaN or infinity: the file is damaged, "
+                    "or was quantized from damaged weights; get it again or use another one"
+                )
+            if halves:
+                _check_part(tensor, data)
+            place = slice(layout.nbytes(start, columns), layout.nbytes(stop, columns))
+            repack.pack(tensor.encoding, data, tiles[place])
+        return matrix
 
-    def product(self, x: Floats | Bytes, y: Floats, bias: Floats | None = None) -> Arguments:
+    def product(
+        self, x: Floats | Bytes, y: Floats, bias: Floats | None = None, *, rows: str = "T"
+    ) -> Arguments:
         """Arguments of ``float32_entry`` (x: float32 [T, K]) or ``mixed8_entry`` (x: their records).
+
+        Args:
+            rows: the symbol of the number of rows of x and y.
 
         Raises:
             ValueError: a shape, dtype or stride is not what the kernel takes for granted.
         """
         count = len(y)
-        _check("y", y, np.float32, (count, self.rows))
+        check("y", y, np.float32, (count, self.rows))
         if x.dtype == np.uint8:
             if self.columns % GROUP:
                 raise ValueError(f"records are groups of {GROUP}; {self.columns} columns are not")
-            _check("records", x, np.uint8, (record_bytes(count, self.columns),))
+            check("records", x, np.uint8, (record_bytes(count, self.columns),))
         else:
-            _check("x", x, np.float32, (count, self.columns))
+            check("x", x, np.float32, (count, self.columns))
         if bias is not None:
-            _check("bias", bias, np.float32, (self.rows,))
+            check("bias", bias, np.float32, (self.rows,))
         if not y.flags.writeable:
             raise ValueError("y is read-only")
         where = 0 if bias is None else bias.ctypes.data
         addresses = [self.tiles.ctypes.data, self.tiles.nbytes, x.ctypes.data, where, y.ctypes.data]
         words = np.array([*addresses, self.rows, self.columns, count], np.int64)
-        return Arguments(words, (self.tiles, x, y) if bias is None else (self.tiles, x, y, bias))
+        arrays = (self.tiles, x, y) if bias is None else (self.tiles, x, y, bias)
+        return Arguments(words, arrays, {7: rows})
 
-    def look_up(self, ids: NDArray[np.int32], y: Floats) -> Arguments:
+    def product_of_halves(
+        self, x: Floats, powers: Floats, y: Floats, bias: Floats | None = None, *, rows: str = "T"
+    ) -> Arguments:
+        """Arguments of ``mixed16_entry``.
+
+        Args:
+            x: float32 [T, K], rounded to float16.
+            powers: float32 [T], what the rows' sums are multiplied by.
+            y: float32 [T, N], the result.
+            bias: float32 [N].
+            rows: the symbol of T.
+
+        Raises:
+            ValueError: a shape, dtype or stride is not what the kernel takes for granted.
+        """
+        check("x", x, np.float32, (len(y), self.columns))
+        check("powers", powers, np.float32, (len(y),))
+        plain = self.product(x, y, bias, rows=rows)
+        words = np.append(plain.words, powers.ctypes.data)
+        return Arguments(words, (*plain.arrays, powers), plain.symbols)
+
+    def look_up(self, ids: NDArray[np.int32], y: Floats, *, rows: str = "T") -> Arguments:
         """Arguments of ``rows_entry``: int32 [T] -> float32 [T, K].
+
+        Args:
+            rows: the symbol of the number of ids.
 
         Raises:
             ValueError: a shape, dtype or stride is wrong.
             IndexError: an id lies outside of the matrix.
         """
-        _check("ids", ids, np.int32, (len(y),))
-        _check("y", y, np.float32, (len(ids), self.columns))
+        check("ids", ids, np.int32, (len(y),))
+        check("y", y, np.float32, (len(ids), self.columns))
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.rows):
             raise IndexError(f"row {ids.min()} or {ids.max()} lies outside of {self.rows}")
         addresses = [self.tiles.ctypes.data, self.tiles.nbytes, ids.ctypes.data, y.ctypes.data]
-        return Arguments(np.array([*addresses, len(ids), self.columns], np.int64), (self.tiles, ids, y))
+        words = np.array([*addresses, len(ids), self.columns], np.int64)
+        return Arguments(words, (self.tiles, ids, y), {4: rows})
 
 
-def quantization(x: Floats, records: Bytes) -> Arguments:
+def check_halves(tensor: LazyTensor) -> None:
+    """Raise NumericalError unless all weights of a stored matrix are finite in float16."""
+    for _, _, data in _parts(tensor):
+        _check_part(tensor, data)
+
+
+def _check_part(tensor: LazyTensor, data: Bytes) -> None:
+    if not fit_float16(tensor.encoding, data):
+        raise NumericalError(
+            f"tensor {tensor.name} holds a weight that is too large for float16, which the policy mixed16 "
+            "rounds weights to: choose the policy float32"
+        )
+
+
+def _parts(tensor: LazyTensor) -> Iterator[tuple[int, int, Bytes]]:
+    """Whole tiles of stored rows, from one to before another; their pages are given back after each."""
+    count, row_bytes = tensor.shape[0], tensor.data.shape[1]
+    step = max(1, PART_BYTES // (row_bytes * TILE_ROWS)) * TILE_ROWS
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield start, stop, tensor.data[start:stop]
+        tensor.pages.release(start * row_bytes, stop * row_bytes)
+
+
+def rounding(x: Floats, rounded: Floats, powers: Floats, *, rows: str = "T") -> Arguments:
+    """Arguments of ``round_entry``: float32 [T, K] -> float32 [T, K], and a power of two for each row.
+
+    Args:
+        rows: the symbol of the number of rows.
+
+    Raises:
+        ValueError: a shape, dtype or stride is wrong.
+    """
+    count, columns = x.shape
+    check("x", x, np.float32, (count, columns))
+    check("rounded", rounded, np.float32, (count, columns), written=True)
+    check("powers", powers, np.float32, (count,), written=True)
+    return Arguments.of(x, rounded, powers, count, columns, symbols={3: rows})
+
+
+def quantization(x: Floats, records: Bytes, *, rows: str = "T") -> Arguments:
     """Arguments of ``quantize_entry``: float32 [T, K] -> records.
+
+    Args:
+        rows: the symbol of the number of rows.
 
     Raises:
         ValueError: a shape, dtype or stride is wrong, or K is not whole groups of 32.
     """
-    rows, columns = x.shape
+    count, columns = x.shape
     if columns % GROUP:
         raise ValueError(f"activations are quantized by {GROUP}; {columns} columns are not whole groups")
-    _check("x", x, np.float32, (rows, columns))
-    _check("records", records, np.uint8, (record_bytes(rows, columns),))
-    words = np.array([x.ctypes.data, records.ctypes.data, rows, columns], np.int64)
-    return Arguments(words, (x, records))
-
-
-def _check(name: str, array: NDArray[np.generic], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        raise ValueError(
-            f"{name} must be C-contiguous {np.dtype(dtype).name} {list(shape)}, "
-            f"not {array.dtype.name} {list(array.shape)}"
-        )
+    check("x", x, np.float32, (count, columns))
+    check("records", records, np.uint8, (record_bytes(count, columns),))
+    words = np.array([x.ctypes.data, records.ctypes.data, count, columns], np.int64)
+    return Arguments(words, (x, records), {2: rows})

@@ -10,15 +10,15 @@ other rows, nor on threads.
 c, c + 4, …, c + 28; then (0 + 1) + (2 + 3); the groups' sums added from left to right. Weights are the golden
 decoder's bits. A last group of fewer columns has shorter chains.
 
-``mixed8``: with the codes q, the scale s of :mod:`activations` and the encoding's integers w, scale d, zero z
-and offset m, a group's sum I of (w - z) · q is exact, and then, each operation rounded once,
+``mixed16``: as ``float32``, of rows that :func:`halves.round_rows` has rounded, and of weights that are
+rounded to float16 as they are decoded; a row's sums are multiplied by its power of two before the bias is
+added.
 
-- centred encodings: ``(d · s) · I``
-- affine ones: ``(d · s) · I + m · (s · sum of q)``
-- ``q6_k``: ``(d · s) · I`` where I is the sum of both sixteens' integer sums, times their integer scales
-
-where d and m of K-quants are ``d · scale`` and ``-(dmin · minimum)``, both exact. Groups are added from
-left to right, to zero. :mod:`definition` is the same in NumPy.
+``mixed8``: as ``refengine.ops.linear_a8`` defines it, bit for bit. With a record's codes q and scale s, the
+encoding's integers w, scale d, zero z and offset m, a group's sum I of (w - z) · q is exact, and its product
+is added by one fused multiply-add, ``(d · s) · I``, and where there are offsets by one more,
+``m · (s · sum of q)``. In ``q6_k`` I is the sum of both sixteens' integer sums, times their integer scales.
+The d and m of K-quants are ``d · scale`` and ``-(dmin · minimum)``, both exact.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from numba.extending import intrinsic
 
 from refengine_numba.activations import CHUNK, RECORD_BYTES
 from refengine_numba.compilation import inlined, part
+from refengine_numba.halves import emitted_nearest, nearest_half
 from refengine_numba.intrinsics import centred_dot, prefetch
 from refengine_numba.layout import GROUP, TILE_ROWS
 from refengine_numba.share import share
@@ -99,7 +100,7 @@ def _add_codes(
         for t in range(width):
             r = at + RECORD_BYTES * t
             dot = to_f32(centred_dot(isa, bits, zero, words, records, r, r + 40))
-            poke(sums, t, peek(sums, t) + d * broadcast_f32(records, r + 32) * dot)
+            poke(sums, t, fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t)))
 
     def affine(
         isa: str,
@@ -117,8 +118,8 @@ def _add_codes(
         for t in range(width):
             r = at + RECORD_BYTES * t
             dot = to_f32(centred_dot(isa, bits, zero, words, records, r, r + 40))
-            product = d * broadcast_f32(records, r + 32) * dot + m * broadcast_f32(records, r + 36)
-            poke(sums, t, peek(sums, t) + product)
+            total = fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t))
+            poke(sums, t, fma(m, broadcast_f32(records, r + 36), total))
 
     def sixteens(
         isa: str,
@@ -139,7 +140,8 @@ def _add_codes(
             low = centred_dot(isa, bits, 0, first, records, r, r + 40)
             high = centred_dot(isa, bits, zero, second, records, r + 16, r + 44)
             low = low - first_sum(records, r, zero)
-            poke(sums, t, peek(sums, t) + d * broadcast_f32(records, r + 32) * to_f32(s * low + z * high))
+            dot = to_f32(s * low + z * high)
+            poke(sums, t, fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t)))
 
     return {"half": centred, "pair": affine, "six_bit": affine, "eight_bit": sixteens}[layout.scales]
 
@@ -191,41 +193,53 @@ def emitted_chains(builder: Any, weights: Iterable[Any], pointers: list[Any]) ->
 
 @intrinsic(prefer_literal=True)
 def chain_of_one(
-    typingctx: Any, words: Any, zero: Any, first: Any, second: Any, affine: Any, x: Any, at: Any
+    typingctx: Any,
+    precision: Any,
+    words: Any,
+    zero: Any,
+    first: Any,
+    second: Any,
+    affine: Any,
+    x: Any,
+    at: Any,
 ) -> Any:
     """:func:`unpacking.spread` and :func:`chains` for a single row of x, without a way over the stack."""
     if not (is_flat(x) and isinstance(zero, types.IntegerLiteral)):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        parts = cgutils.unpack_tuple(builder, args[0])
+        parts = cgutils.unpack_tuple(builder, args[1])
         weights = emitted_weights(
-            builder, parts, zero.literal_value, args[2], args[3], bool(affine.literal_value)
+            builder, parts, zero.literal_value, args[3], args[4], bool(affine.literal_value)
         )
-        pointer = address(context, builder, x, args[5], args[6], 4 * GROUP)
+        if precision.literal_value == "float16":
+            weights = (emitted_nearest(builder, weight) for weight in weights)
+        pointer = address(context, builder, x, args[6], args[7], 4 * GROUP)
         return emitted_chains(builder, weights, [pointer])[0]
 
-    return F32V(words, zero, F32V, F32V, affine, x, types.int64), codegen
+    return F32V(precision, words, zero, F32V, F32V, affine, x, types.int64), codegen
 
 
-def group_of_one(encoding: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
+def group_of_one(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
     """A group's sum with a single row of x."""
     raise NotImplementedError
 
 
 @inlined(group_of_one)
-def _group_of_one(encoding: Any, tiles: Any, cell: Any, group: Any, x: Any, at: Any) -> Callable[..., Any]:
+def _group_of_one(
+    encoding: Any, precision: Any, tiles: Any, cell: Any, group: Any, x: Any, at: Any
+) -> Callable[..., Any]:
     layout = layout_of(encoding)
     zero, scale_bytes, group_bytes = layout.zero, layout.scale_bytes, layout.group_bytes
     affine = 1 if layout.scales in ("pair", "six_bit") else 0
 
-    def blocks(encoding: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
+    def blocks(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
         first, second = scales(encoding, tiles, cell, group)
         words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
-        return chain_of_one(words, zero, first, second, affine, x, at)
+        return chain_of_one(precision, words, zero, first, second, affine, x, at)
 
-    def dense(encoding: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
-        return columns_sum(encoding, tiles, cell, GROUP, x, at)
+    def dense(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
+        return columns_sum(encoding, precision, tiles, cell, GROUP, x, at)
 
     return blocks if layout.bits else dense
 
@@ -248,7 +262,16 @@ def add_floats(stack: Any, x: Any, at: int, stride: int, width: int, sums: Any) 
 
 
 def add_rest(
-    encoding: str, tiles: Any, cell: int, length: int, x: Any, at: int, stride: int, width: int, sums: Any
+    encoding: str,
+    precision: str,
+    tiles: Any,
+    cell: int,
+    length: int,
+    x: Any,
+    at: int,
+    stride: int,
+    width: int,
+    sums: Any,
 ) -> None:
     """The same for a last group of fewer than 32 columns, of encodings without blocks."""
     raise NotImplementedError
@@ -256,34 +279,62 @@ def add_rest(
 
 @inlined(add_rest)
 def _add_rest(
-    encoding: Any, tiles: Any, cell: Any, length: Any, x: Any, at: Any, stride: Any, width: Any, sums: Any
+    encoding: Any,
+    precision: Any,
+    tiles: Any,
+    cell: Any,
+    length: Any,
+    x: Any,
+    at: Any,
+    stride: Any,
+    width: Any,
+    sums: Any,
 ) -> Callable[..., Any]:
     def none(
-        encoding: str, tiles: Any, cell: int, length: int, x: Any, at: int, stride: int, width: int, sums: Any
+        encoding: str,
+        precision: str,
+        tiles: Any,
+        cell: int,
+        length: int,
+        x: Any,
+        at: int,
+        stride: int,
+        width: int,
+        sums: Any,
     ) -> None:
         pass
 
     def some(
-        encoding: str, tiles: Any, cell: int, length: int, x: Any, at: int, stride: int, width: int, sums: Any
+        encoding: str,
+        precision: str,
+        tiles: Any,
+        cell: int,
+        length: int,
+        x: Any,
+        at: int,
+        stride: int,
+        width: int,
+        sums: Any,
     ) -> None:
         for t in range(width):
-            poke(sums, t, peek(sums, t) + columns_sum(encoding, tiles, cell, length, x, at + t * stride))
+            total = columns_sum(encoding, precision, tiles, cell, length, x, at + t * stride)
+            poke(sums, t, peek(sums, t) + total)
 
     return some if layout_of(encoding).bits == 0 else none
 
 
 @part
-def columns_sum(encoding: str, tiles: Any, cell: int, length: int, x: Any, at: int) -> Any:
+def columns_sum(encoding: str, precision: str, tiles: Any, cell: int, length: int, x: Any, at: int) -> Any:
     """The sum of up to 32 columns of an encoding without blocks, in four chains."""
     a = b = c = d = splat_f32(0.0)
     for k in range(0, length, 4):
-        a = fma(column(encoding, tiles, cell, k), broadcast_f32(x, at + k), a)
+        a = fma(rounded_column(encoding, precision, tiles, cell, k), broadcast_f32(x, at + k), a)
         if k + 1 < length:
-            b = fma(column(encoding, tiles, cell, k + 1), broadcast_f32(x, at + k + 1), b)
+            b = fma(rounded_column(encoding, precision, tiles, cell, k + 1), broadcast_f32(x, at + k + 1), b)
         if k + 2 < length:
-            c = fma(column(encoding, tiles, cell, k + 2), broadcast_f32(x, at + k + 2), c)
+            c = fma(rounded_column(encoding, precision, tiles, cell, k + 2), broadcast_f32(x, at + k + 2), c)
         if k + 3 < length:
-            d = fma(column(encoding, tiles, cell, k + 3), broadcast_f32(x, at + k + 3), d)
+            d = fma(rounded_column(encoding, precision, tiles, cell, k + 3), broadcast_f32(x, at + k + 3), d)
     return (a + b) + (c + d)
 
 
@@ -301,6 +352,43 @@ def _column(encoding: Any, tiles: Any, cell: Any, k: Any) -> Callable[..., Any]:
     }[encoding.literal_value]
 
 
+# ------------------------------------------------------------------------------------------------ rounding
+
+
+def rounded_column(encoding: str, precision: str, tiles: Any, cell: int, k: int) -> Any:
+    """Weights of one column, of encodings without blocks, as they are multiplied."""
+    raise NotImplementedError
+
+
+@inlined(rounded_column)
+def _rounded_column(encoding: Any, precision: Any, tiles: Any, cell: Any, k: Any) -> Callable[..., Any]:
+    if _is_rounded(encoding, precision):
+        return lambda encoding, precision, tiles, cell, k: nearest_half(column(encoding, tiles, cell, k))
+    return lambda encoding, precision, tiles, cell, k: column(encoding, tiles, cell, k)
+
+
+def round_weights(encoding: str, precision: str, stack: Any) -> None:
+    """Round a group's decoded weights to what is multiplied."""
+    raise NotImplementedError
+
+
+@inlined(round_weights)
+def _round_weights(encoding: Any, precision: Any, stack: Any) -> Callable[..., Any]:
+    def none(encoding: str, precision: str, stack: Any) -> None:
+        pass
+
+    def each(encoding: str, precision: str, stack: Any) -> None:
+        for k in range(GROUP):
+            poke(stack, k, nearest_half(peek(stack, k)))
+
+    return each if _is_rounded(encoding, precision) else none
+
+
+def _is_rounded(encoding: Any, precision: Any) -> bool:
+    rounded: bool = precision.literal_value == "float16" and encoding.literal_value != "f16"
+    return rounded
+
+
 # ------------------------------------------------------------------------------------------------- results
 
 
@@ -312,6 +400,13 @@ def lane(typingctx: Any, vector: Any, index: Any) -> Any:
         return builder.extract_element(args[0], args[1])
 
     return types.float32(F32V, types.int64), codegen
+
+
+@part
+def scale_back(sums: Any, width: int, powers: Any, start: int) -> None:
+    """Multiply the sums of each row, from ``start``, by its power of two."""
+    for t in range(width):
+        poke(sums, t, peek(sums, t) * broadcast_f32(powers, start + t))
 
 
 @part
@@ -382,27 +477,83 @@ def multiply_floats(
     """``float32``; see :mod:`entry` for the arguments."""
     sums, decoded = stack_f32(CHUNK), stack_f32(GROUP)
     first, last = share((rows + TILE_ROWS - 1) // TILE_ROWS, thread, threads)
-    per_cell, cell_bytes = cell_size(encoding)
-    groups = size // GROUP
     for start in range(0, columns, CHUNK):
         width = min(CHUNK, columns - start)
         for tile in range(first, last):
-            for t in range(width):
-                poke(sums, t, splat_f32(0.0))
-            begin, at = tile * tile_size(encoding, size), start * size
-            for index in range(groups):
-                cell, group = begin + index // per_cell * cell_bytes, index % per_cell
-                ask_for(encoding, tiles, cell, group)
-                if width == 1:
-                    poke(sums, 0, peek(sums, 0) + group_of_one(encoding, tiles, cell, group, x, at))
-                else:
-                    weights(encoding, tiles, cell, group, decoded)
-                    add_floats(decoded, x, at, size, width, sums)
-                at += GROUP
-            if size % GROUP:
-                rest = begin + groups * cell_bytes
-                add_rest(encoding, tiles, rest, size % GROUP, x, at, size, width, sums)
+            sum_tile(encoding, "float32", tiles, tile, x, start, size, width, decoded, sums)
             finish(sums, width, bias, y, start, tile, rows)
+
+
+@part
+def multiply_halves(
+    encoding: str,
+    thread: int,
+    threads: int,
+    tiles: Any,
+    x: Any,
+    powers: Any,
+    bias: Any,
+    y: Any,
+    rows: int,
+    size: int,
+    columns: int,
+) -> None:
+    """``mixed16``; see :mod:`entry` for the arguments."""
+    sums, decoded = stack_f32(CHUNK), stack_f32(GROUP)
+    first, last = share((rows + TILE_ROWS - 1) // TILE_ROWS, thread, threads)
+    for start in range(0, columns, CHUNK):
+        width = min(CHUNK, columns - start)
+        for tile in range(first, last):
+            sum_tile(encoding, "float16", tiles, tile, x, start, size, width, decoded, sums)
+            scale_back(sums, width, powers, start)
+            finish(sums, width, bias, y, start, tile, rows)
+
+
+@part
+def sum_tile(
+    encoding: str,
+    precision: str,
+    tiles: Any,
+    tile: int,
+    x: Any,
+    start: int,
+    size: int,
+    width: int,
+    decoded: Any,
+    sums: Any,
+) -> None:
+    """Write a tile's sums with ``width`` rows of x, from ``start``, to as many vectors.
+
+    Args:
+        encoding: literal.
+        precision: literal; ``float16`` where weights are rounded to it, or ``float32``.
+        tiles: uint8, a repacked matrix.
+        tile: which.
+        x: float32, rows of ``size`` columns.
+        start: the first row.
+        size: columns.
+        width: rows.
+        decoded: a stack of 32 vectors to work in.
+        sums: a stack.
+    """
+    for t in range(width):
+        poke(sums, t, splat_f32(0.0))
+    per_cell, cell_bytes = cell_size(encoding)
+    groups = size // GROUP
+    begin, at = tile * tile_size(encoding, size), start * size
+    for index in range(groups):
+        cell, group = begin + index // per_cell * cell_bytes, index % per_cell
+        ask_for(encoding, tiles, cell, group)
+        if width == 1:
+            poke(sums, 0, peek(sums, 0) + group_of_one(encoding, precision, tiles, cell, group, x, at))
+        else:
+            weights(encoding, tiles, cell, group, decoded)
+            round_weights(encoding, precision, decoded)
+            add_floats(decoded, x, at, size, width, sums)
+        at += GROUP
+    if size % GROUP:
+        rest = begin + groups * cell_bytes
+        add_rest(encoding, precision, tiles, rest, size % GROUP, x, at, size, width, sums)
 
 
 def cell_size(encoding: str) -> tuple[int, int]:

@@ -281,10 +281,11 @@ def _load(element: ir.Type, kind: Vector, widen: Callable[[Any, Any], Any]) -> A
 
 load_i32 = _load(I32, I32V, lambda builder, stored: stored)
 load_f32 = _load(F32, F32V, lambda builder, stored: stored)
+load_i8 = _load(I8, I32V, lambda builder, stored: builder.sext(stored, I32V.ir))
 load_i16 = _load(I16, I32V, lambda builder, stored: builder.sext(stored, I32V.ir))
 
 
-def _of_halves(builder: Any, stored: Any) -> Any:
+def of_halves(builder: Any, stored: Any) -> Any:
     """float16 as float32, exactly; with integers where the machine has no instruction for it."""
     if has_half_conversion():
         return builder.fpext(builder.bitcast(stored, lanes_of(F16)), F32V.ir)
@@ -303,7 +304,7 @@ def _of_halves(builder: Any, stored: Any) -> Any:
     return builder.bitcast(builder.or_(sign, finite_or_not), F32V.ir)
 
 
-load_f16 = _load(I16, F32V, _of_halves)
+load_f16 = _load(I16, F32V, of_halves)
 load_bf16 = _load(
     I16,
     F32V,

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import pytest
+from mixed_products import mixed8_product
 
-from refengine_numba import activations, definition, entry, isa
+from refengine_numba import activations, entry, isa
 from refengine_numba.barrier import barrier_state, wait
 from refengine_numba.matrix import Arguments, TiledMatrix, quantization
 from refengine_numba.repack import pack
@@ -50,7 +51,7 @@ def test_a_step_of_several_products_runs_in_one_region(how: str, matrix: Callabl
     expected = x
     instructions: list[tuple[object, Arguments]] = []
     for layer, d in zip(tiled, data, strict=True):
-        expected = definition.mixed8_product(layer.encoding, d, expected)
+        expected = mixed8_product(layer.encoding, d, expected)
         records = np.zeros(activations.record_bytes(3, layer.columns), np.uint8)
         y = np.zeros((3, layer.rows), np.float32)
         instructions += [
