@@ -1,0 +1,138 @@
+"""The CuPy backend: a Program as launches of kernels, over weights and a KV cache on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from refengine.backend.protocol import Device, MemoryUse
+from refengine.backend.weights import WeightPlan
+from refengine.errors import UnsupportedError
+from refengine.memory import KVLayout
+from refengine.ops import OPS
+from refengine.program import Instruction, MemoryPlan, Policy, Program
+from refengine.quantizer import ENCODINGS, LazyTensor
+from refengine_cupy.executable import CupyExecutable
+from refengine_cupy.kv import DeviceKVStorage
+from refengine_cupy.lowering import Lowering, attention_workspace
+from refengine_cupy.packing import LAYOUTS
+from refengine_cupy.runtime import Runtime
+from refengine_cupy.weights import DeviceWeights, plan_packed
+
+POLICIES = ("float32", "mixed8")
+"""The precision policies that there are kernels for."""
+
+IMPORT_BYTES = 384 * 2**20
+"""What CuPy, the driver and the compiler of kernels take of the host's memory."""
+
+VIEWS = ("split_heads", "merge_heads")
+
+
+class CupyBackend:
+    """Kernels on a GPU, over weights repacked for wide loads.
+
+    Args:
+        runtime: the device; ``None`` for the first GPU.
+
+    Raises:
+        BackendFailedError: the GPU does not start.
+    """
+
+    name = "cupy"
+    import_bytes = IMPORT_BYTES
+
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        if runtime is None:
+            from refengine_cupy.cupy_runtime import CupyRuntime
+
+            runtime = CupyRuntime()
+        self._runtime = runtime
+        self._weights: list[DeviceWeights] = []
+        self._caches: list[DeviceKVStorage] = []
+        self._arena_bytes = 0
+
+    def devices(self) -> tuple[Device, ...]:
+        """The GPU."""
+        return (Device(self._runtime.name, self._runtime.total_bytes),)
+
+    def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
+        """What has kernels."""
+        if op not in OPS:
+            return f"there is no op {op!r}"
+        if op not in VIEWS and not hasattr(Lowering, f"_{op}") and op != "linear_a8":
+            return f"cupy has no {op} of its own"
+        if policy not in POLICIES:
+            return f"cupy computes under {' and '.join(POLICIES)}, not under {policy}"
+        if encoding is not None and encoding not in ENCODINGS:
+            return f"there is no encoding {encoding!r}"
+        if op == "linear_a8" and encoding is not None and encoding not in LAYOUTS:
+            return f"cupy has no kernels for products of codes with {encoding}"
+        return None
+
+    def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
+        """What attention keeps of the parts of a context."""
+        return attention_workspace(instruction, sizes) if instruction.op.name == "attention" else 0
+
+    def plan_weights(
+        self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
+    ) -> WeightPlan:
+        """Everything on the device: there is no other way, whatever the limit."""
+        return plan_packed(program, weights)
+
+    def upload(
+        self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
+    ) -> DeviceWeights:
+        """Repack and copy, tensor by tensor."""
+        roles = None if plan is None else tuple(plan.weights)
+        self._weights.append(DeviceWeights(self._runtime, weights, roles))
+        return self._weights[-1]
+
+    def create_cache(self, layout: KVLayout) -> DeviceKVStorage:
+        """Addresses for all pools, and memory for none of their blocks."""
+        self._caches.append(DeviceKVStorage(self._runtime, layout))
+        return self._caches[-1]
+
+    def compile(
+        self,
+        program: Program,
+        policy: Policy,
+        plan: MemoryPlan,
+        weights: DeviceWeights,
+        layout: KVLayout,
+        cache: DeviceKVStorage,
+        *,
+        fallback: bool = False,
+    ) -> CupyExecutable:
+        """Bind the Program to kernels, weights, cache and an arena.
+
+        Raises:
+            UnsupportedError: it needs what there are no kernels for; golden ops cannot stand in, as they do
+                not
+                reach the device's memory.
+        """
+        reasons = {
+            reason
+            for instruction in program
+            for encoding in _encodings(instruction, weights)
+            if (reason := self.support(instruction.op.name, encoding=encoding, policy=policy.name))
+        }
+        if reasons:
+            raise UnsupportedError(
+                f"backend {self.name!r} cannot run this program: {'; '.join(sorted(reasons))}. Golden ops "
+                "cannot take their place on a GPU: choose another backend, policy or KV dtype"
+            )
+        executable = CupyExecutable(self._runtime, program, plan, weights, layout, cache)
+        self._arena_bytes += plan.arena_bytes
+        return executable
+
+    def memory(self) -> MemoryUse:
+        """Bytes of weights, of the KV cache's committed segments and of the arenas."""
+        return MemoryUse(
+            weights=sum(w.held for w in self._weights),
+            kv_cache=sum(cache.nbytes for cache in self._caches),
+            arena=self._arena_bytes,
+        )
+
+
+def _encodings(instruction: Instruction, weights: DeviceWeights) -> list[str | None]:
+    matrices = [v for v in instruction.operands if v and v.kind == "weight" and len(v.shape) > 1]
+    return [weights[matrix.name].encoding for matrix in matrices] or [None]

@@ -1,0 +1,284 @@
+"""A GPU through CuPy: compiled modules, memory, streams, graphs; and the driver, for what CuPy does not
+offer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import compiler
+from cupy.cuda import runtime as cuda
+from cupy_backends.cuda.libs import nvrtc
+from numpy.typing import NDArray
+
+from refengine.errors import BackendFailedError, MemoryLimitError, MemoryManagerError
+from refengine_cupy.driver import Driver
+from refengine_cupy.info import INFO
+from refengine_cupy.runtime import Launch
+from refengine_cupy.source import Kernel, text_of
+
+FLAGS = ("--std=c++17", "--fmad=false")
+HIP_FLAGS = ("--std=c++17", "-ffp-contract=off")
+
+
+class DeviceMemory:
+    """Memory taken from the device."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the driver may have ended before
+            cuda.free(self.address)
+
+
+class CupyRuntime:
+    """The first GPU; see ``refengine_cupy.runtime.Runtime``.
+
+    Raises:
+        BackendFailedError: it does not start.
+    """
+
+    matrix_units = not cuda.is_hip
+    stream: int
+
+    def __init__(self) -> None:
+        try:
+            properties = cuda.getDeviceProperties(0)
+            cuda.setDevice(0)
+            cuda.free(0)  # starts it
+            self.stream = cuda.streamCreateWithFlags(cuda.streamNonBlocking)
+        except cuda.CUDARuntimeError as cause:
+            raise _failed("the GPU does not start", cause) from cause
+        self.name = properties["name"].decode()
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        self.total_bytes = int(properties["totalGlobalMem"])
+        self._driver = Driver(0)
+        self._modules: dict[tuple[str, str | None], Any] = {}
+        self._functions: dict[Kernel, int] = {}
+        self._shared: dict[int, int] = {}  # the most shared memory that a function may have
+
+    def allocate(self, nbytes: int, purpose: str) -> DeviceMemory:
+        """Memory of the device."""
+        self._use()
+        try:
+            return DeviceMemory(cuda.malloc(nbytes), nbytes)
+        except cuda.CUDARuntimeError as cause:
+            free, _ = cuda.memGetInfo()
+            raise MemoryLimitError(
+                f"{self.name} has {free / 1e6:,.1f} MB of memory left, and {nbytes / 1e6:,.1f} MB are needed "
+                f"for {purpose}: end what else uses it, or choose a smaller model, token budget or KV "
+                f"cache ({cause})",
+                needed=nbytes,
+            ) from cause
+
+    def reserve(self, nbytes: int) -> MappedAddresses:
+        """Addresses, of which pieces get memory."""
+        self._use()
+        return MappedAddresses(self._driver, nbytes, self.name)
+
+    def staging(self, nbytes: int) -> NDArray[np.uint8]:
+        """Pinned memory."""
+        self._use()
+        return np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        """Copy to the device."""
+        if not data.nbytes:
+            return
+        self._use()
+        cuda.memcpyAsync(address, data.ctypes.data, data.nbytes, cuda.memcpyHostToDevice, self.stream)
+
+    def download(self, address: int, out: NDArray[Any]) -> None:
+        """Copy from the device, and wait for it."""
+        self._use()
+        try:
+            if out.nbytes:
+                cuda.memcpyAsync(out.ctypes.data, address, out.nbytes, cuda.memcpyDeviceToHost, self.stream)
+            cuda.streamSynchronize(self.stream)
+        except cuda.CUDARuntimeError as cause:
+            raise _failed("a kernel failed", cause) from cause
+
+    def fill(self, address: int, value: int, nbytes: int) -> None:
+        """Set bytes."""
+        self._use()
+        cuda.memsetAsync(address, value, nbytes, self.stream)
+
+    def copy(self, source: int, destination: int, nbytes: int) -> None:
+        """Copy within the device."""
+        self._use()
+        cuda.memcpyAsync(destination, source, nbytes, cuda.memcpyDeviceToDevice, self.stream)
+
+    def prepare(self, kernel: Kernel) -> None:
+        """Compile and load."""
+        self._function(kernel)
+
+    def launch(self, launches: Sequence[Launch]) -> None:
+        """Queue kernels."""
+        self._use()
+        for launch in launches:
+            kernel = launch.kernel
+            self._driver.launch(
+                self._function(kernel),
+                launch.grid,
+                kernel.threads,
+                kernel.shared,
+                self.stream,
+                launch.arguments,
+            )
+
+    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """As one graph."""
+        self._use()
+        for launch in launches:
+            self._function(launch.kernel)
+        collecting = gc.isenabled()
+        gc.disable()  # what is collected gives memory back, which ends a recording
+        cuda.streamBeginCapture(self.stream, cuda.streamCaptureModeRelaxed)
+        try:
+            self.launch(launches)
+        finally:
+            graph = cuda.streamEndCapture(self.stream)
+            if collecting:
+                gc.enable()
+        return Graph(self, graph)
+
+    def replay(self, executable: int) -> None:
+        """Queue a graph."""
+        self._use()
+        cuda.graphLaunch(executable, self.stream)
+
+    def synchronise(self) -> None:
+        """Wait until all is done."""
+        self._use()
+        try:
+            cuda.streamSynchronize(self.stream)
+        except cuda.CUDARuntimeError as cause:
+            raise _failed("a kernel failed", cause) from cause
+
+    def _use(self) -> None:
+        """Threads begin without a device."""
+        cuda.setDevice(0)
+
+    def _function(self, kernel: Kernel) -> int:
+        if kernel not in self._functions:
+            module = (kernel.module, kernel.encoding)
+            if module not in self._modules:
+                self._modules[module] = _compiled(*module)
+            function = self._modules[module].get_function(kernel.name).ptr
+            if kernel.shared > self._shared.get(function, 0):
+                self._driver.allow_shared(function, kernel.shared)
+                self._shared[function] = kernel.shared
+            self._functions[kernel] = function
+        return self._functions[kernel]
+
+
+class Graph:
+    """Launches that were recorded; calling it queues them."""
+
+    def __init__(self, runtime: CupyRuntime, graph: int) -> None:
+        self._runtime, self._graph = runtime, graph
+        self._executable = cuda.graphInstantiate(graph)
+
+    def __call__(self) -> None:
+        """Queue them."""
+        self._runtime.replay(self._executable)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            cuda.graphExecDestroy(self._executable)
+            cuda.graphDestroy(self._graph)
+
+
+class MappedAddresses:
+    """Addresses of the device, of which pieces get memory."""
+
+    def __init__(self, driver: Driver, nbytes: int, device: str) -> None:
+        self._driver, self._device = driver, device
+        self.piece = driver.granularity()
+        self._nbytes = -(-nbytes // self.piece) * self.piece
+        self.address = driver.reserve(self._nbytes)
+        self._handles: dict[int, int] = {}
+
+    def back(self, piece: int) -> None:
+        """Put memory behind a piece."""
+        try:
+            self._handles[piece] = self._driver.map(self.address + piece * self.piece, self.piece)
+        except MemoryError as cause:
+            raise MemoryManagerError(
+                f"{self._device} has no memory left for {self.piece / 1e6:,.1f} MB of KV cache: submit fewer "
+                "or shorter requests at once, or start with fewer --kv-tokens"
+            ) from cause
+
+    def unback(self, piece: int) -> None:
+        """Give it back, once nothing that is queued can use it."""
+        cuda.deviceSynchronize()
+        self._driver.unmap(self.address + piece * self.piece, self.piece, self._handles.pop(piece))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            for piece in tuple(self._handles):
+                self.unback(piece)
+            self._driver.free_addresses(self.address, self._nbytes)
+
+
+def _compiled(module: str, encoding: str | None) -> Any:
+    """A loaded module, from the cache where it was compiled before.
+
+    On CUDA the compiler is called here: CuPy's own cache would have it take subnormal numbers for zero, which
+        the definition of codes does not allow.
+    """
+    text = text_of(module, encoding)
+    try:
+        if cuda.is_hip:
+            made = cupy.RawModule(code=text, options=HIP_FLAGS)
+            made.compile()
+            return made.module
+        arch = cupy.cuda.Device(0).compute_capability
+        key = hashlib.sha256(repr((text, FLAGS, arch, nvrtc.getVersion())).encode()).hexdigest()
+        path = cache_folder() / f"{module}-{encoding or 'all'}-{key[:32]}.cubin"
+        if not path.exists():
+            binary, _ = compiler.compile_using_nvrtc(text, FLAGS, arch, f"{module}.cu", cache_in_memory=True)
+            _keep(path, binary)
+            return _loaded(binary)
+        return _loaded(path.read_bytes())
+    except Exception as cause:
+        raise _failed(f"its kernels ({module}) do not compile or load", cause) from cause
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``REFENGINE_CUPY_CACHE``, or a folder of the user's cache."""
+    return Path(os.environ.get("REFENGINE_CUPY_CACHE") or Path.home() / ".cache" / "refengine" / "cupy")
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    """Write a file that others see whole or not at all; where none can be written, it is compiled again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as written:
+            written.write(binary)
+        os.replace(written.name, path)
+
+
+def _loaded(binary: bytes) -> Any:
+    module = cupy.cuda.function.Module()
+    module.load(binary)
+    return module
+
+
+def _failed(what: str, cause: Exception) -> BackendFailedError:
+    return BackendFailedError(
+        state=f"backend 'cupy' failed: {what}",
+        available="numpy, which needs no GPU, and what `refengine backends` lists",
+        why=f"{type(cause).__name__}: {str(cause)[:2000]}",
+        mend=f"check the driver with nvidia-smi (or rocm-smi), and the installation: {INFO.install}",
+    )

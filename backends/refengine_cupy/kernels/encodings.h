@@ -1,0 +1,216 @@
+// Stored weights as kernels read them; see packing.py for the layout.
+//
+// A group is 32 weights of a row. Its place: item = (tile * groups + group) * 16 + row, tiles of 16 rows.
+#pragma once
+#include "vendor.h"
+
+#define TILE 16
+
+struct Packed {
+    const u8 *codes, *high, *scales, *blocks;
+};
+
+INLINE u16 load_u16(const u8 *p) { return *(const u16 *)p; }
+INLINE u32 load_u32(const u8 *p) { return *(const u32 *)p; }
+
+// What a group's integers are multiplied with: weight = (d * factor) * (integer - zero) + m.
+struct Scale {
+    float d, m;
+    int low, high; // factors of the first and second 16 weights
+};
+
+// Each encoding is a class of integers and a class of scales.
+//   load(): the bytes of a group, nothing done with them yet, so that many loads are under way at once
+//   pair(), take(): words i and i + 4 of a group, and its scale, from planes in any memory
+//   words(): its integers, four to a word; word i has weights 4 i .. 4 i + 3
+//   scale(): what they are multiplied with
+struct Nibbles {
+    uint4 halves;
+    INLINE void load(const Packed &w, long item) { halves = load_once((const uint4 *)(w.codes + item * 16)); }
+    INLINE void words(u32 (&out)[8]) const {
+        const u32 packed[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            out[i] = packed[i] & 0x0F0F0F0Fu;
+            out[i + 4] = packed[i] >> 4 & 0x0F0F0F0Fu;
+        }
+    }
+    static constexpr int code_bytes = 16, high_bytes = 0;
+    static INLINE void pair(const u8 *codes, const u8 *, int item, int word, u32 &low, u32 &up) {
+        const u32 both = *(const u32 *)(codes + item * 16 + word * 4);
+        low = both & 0x0F0F0F0Fu, up = both >> 4 & 0x0F0F0F0Fu;
+    }
+};
+
+struct Fives : Nibbles {
+    u32 fifth;
+    INLINE void load(const Packed &w, long item) {
+        Nibbles::load(w, item);
+        fifth = load_u32(w.high + item * 4);
+    }
+    INLINE void words(u32 (&out)[8]) const {
+        Nibbles::words(out);
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] |= (fifth >> i & 0x01010101u) << 4;
+    }
+    static constexpr int high_bytes = 4;
+    static INLINE void pair(const u8 *codes, const u8 *high, int item, int word, u32 &low, u32 &up) {
+        Nibbles::pair(codes, high, item, word, low, up);
+        const u32 fifth = *(const u32 *)(high + item * 4);
+        low |= (fifth >> word & 0x01010101u) << 4, up |= (fifth >> (word + 4) & 0x01010101u) << 4;
+    }
+};
+
+struct Sixes : Nibbles {
+    uint2 high;
+    INLINE void load(const Packed &w, long item) {
+        Nibbles::load(w, item);
+        high = *(const uint2 *)(w.high + item * 8);
+    }
+    INLINE void words(u32 (&out)[8]) const {
+        Nibbles::words(out);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            out[i] |= (high.x >> 2 * i & 0x03030303u) << 4;
+            out[i + 4] |= (high.y >> 2 * i & 0x03030303u) << 4;
+        }
+    }
+    static constexpr int high_bytes = 8;
+    static INLINE void pair(const u8 *codes, const u8 *high, int item, int word, u32 &low, u32 &up) {
+        Nibbles::pair(codes, high, item, word, low, up);
+        const uint2 pairs = *(const uint2 *)(high + item * 8);
+        low |= (pairs.x >> 2 * word & 0x03030303u) << 4, up |= (pairs.y >> 2 * word & 0x03030303u) << 4;
+    }
+};
+
+struct Bytes {
+    uint4 first, second;
+    INLINE void load(const Packed &w, long item) {
+        const uint4 *at = (const uint4 *)(w.codes + (item / TILE * 2 * TILE + item % TILE) * 16);
+        first = load_once(at), second = load_once(at + TILE);
+    }
+    INLINE void words(u32 (&out)[8]) const {
+        out[0] = first.x, out[1] = first.y, out[2] = first.z, out[3] = first.w;
+        out[4] = second.x, out[5] = second.y, out[6] = second.z, out[7] = second.w;
+    }
+    static constexpr int code_bytes = 32, high_bytes = 0;
+    static INLINE void pair(const u8 *codes, const u8 *, int item, int word, u32 &low, u32 &up) {
+        const u8 *at = codes + (item / TILE * 2 * TILE + item % TILE) * 16 + word * 4;
+        low = *(const u32 *)at, up = *(const u32 *)(at + TILE * 16);
+    }
+};
+
+// groups: of a row; a block of 256 weights has eight of them.
+INLINE long block_item(long item, int groups) {
+    const long group = item / TILE;
+    return (group / groups * (groups / 8) + group % groups / 8) * TILE + item % TILE;
+}
+
+template <class Integers, int ZERO> struct HalfScale : Integers {
+    static constexpr int zero = ZERO;
+    static constexpr bool offset = false, factors = false;
+    u16 d;
+    INLINE void load(const Packed &w, long item, int) {
+        Integers::load(w, item);
+        take(w.scales, w.blocks, item, 0);
+    }
+    static constexpr int scale_bytes = 2, block_bytes = 0;
+    INLINE void take(const u8 *scales, const u8 *, long item, long) { d = load_u16(scales + item * 2); }
+    INLINE Scale scale() const { return {half_to_float(d), 0.0f, 1, 1}; }
+};
+
+template <class Integers> struct PairScale : Integers {
+    static constexpr int zero = 0;
+    static constexpr bool offset = true, factors = false;
+    u32 both;
+    INLINE void load(const Packed &w, long item, int) {
+        Integers::load(w, item);
+        take(w.scales, w.blocks, item, 0);
+    }
+    static constexpr int scale_bytes = 4, block_bytes = 0;
+    INLINE void take(const u8 *scales, const u8 *, long item, long) { both = load_u32(scales + item * 4); }
+    INLINE Scale scale() const { return {half_to_float((u16)both), half_to_float((u16)(both >> 16)), 1, 1}; }
+};
+
+template <class Integers> struct SixBitScale : Integers {
+    static constexpr int zero = 0;
+    static constexpr bool offset = true, factors = false;
+    u32 both;
+    u16 small;
+    INLINE void load(const Packed &w, long item, int groups) {
+        Integers::load(w, item);
+        take(w.scales, w.blocks, item, block_item(item, groups));
+    }
+    static constexpr int scale_bytes = 2, block_bytes = 4;
+    INLINE void take(const u8 *scales, const u8 *blocks, long item, long block) {
+        both = load_u32(blocks + block * 4);
+        small = load_u16(scales + item * 2);
+    }
+    INLINE Scale scale() const {
+        const float d = half_to_float((u16)both), least = half_to_float((u16)(both >> 16));
+        return {d * (float)(small & 255), -(least * (float)(small >> 8)), 1, 1};
+    }
+};
+
+template <class Integers> struct FactorScale : Integers {
+    static constexpr int zero = 32;
+    static constexpr bool offset = false, factors = true;
+    u16 d, small;
+    INLINE void load(const Packed &w, long item, int groups) {
+        Integers::load(w, item);
+        take(w.scales, w.blocks, item, block_item(item, groups));
+    }
+    static constexpr int scale_bytes = 2, block_bytes = 2;
+    INLINE void take(const u8 *scales, const u8 *blocks, long item, long block) {
+        d = load_u16(blocks + block * 2);
+        small = load_u16(scales + item * 2);
+    }
+    INLINE Scale scale() const {
+        return {half_to_float(d), 0.0f, (int)(signed char)(small & 255), (int)(signed char)(small >> 8)};
+    }
+};
+
+typedef HalfScale<Nibbles, 8> Q4_0;
+typedef PairScale<Nibbles> Q4_1;
+typedef HalfScale<Fives, 16> Q5_0;
+typedef PairScale<Fives> Q5_1;
+typedef HalfScale<Bytes, 0> Q8_0;
+typedef SixBitScale<Nibbles> Q4_K;
+typedef SixBitScale<Fives> Q5_K;
+typedef FactorScale<Sixes> Q6_K;
+
+// The 32 weights of a group as float32: their defined values.
+template <class E> INLINE void decode_group(const Packed &w, long item, int groups, float (&out)[32]) {
+    E stored;
+    u32 words[8];
+    stored.load(w, item, groups);
+    stored.words(words);
+    const Scale scale = stored.scale();
+    const float first = E::factors ? scale.d * (float)scale.low : scale.d;
+    const float second = E::factors ? scale.d * (float)scale.high : scale.d;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const int integer = (int)(signed char)(words[i / 4] >> i % 4 * 8) - E::zero;
+        out[i] = (float)integer * (i < 16 ? first : second);
+        if (E::offset) out[i] = out[i] + scale.m;
+    }
+}
+
+// Encodings whose rows lie as they are stored.
+struct F32 {
+    static INLINE float weight(const u8 *rows, long index) { return ((const float *)rows)[index]; }
+};
+struct F16 {
+    static INLINE float weight(const u8 *rows, long index) { return half_to_float(((const u16 *)rows)[index]); }
+};
+struct BF16 {
+    static INLINE float weight(const u8 *rows, long index) {
+        return float_of_bits((u32)((const u16 *)rows)[index] << 16);
+    }
+};
+
+#ifndef FOR_ENCODINGS
+#define FOR_ENCODINGS(X) X(q4_0, Q4_0) X(q4_1, Q4_1) X(q5_0, Q5_0) X(q5_1, Q5_1) X(q8_0, Q8_0) \
+    X(q4_k, Q4_K) X(q5_k, Q5_K) X(q6_k, Q6_K)
+#define FOR_PLAIN(X) X(f32, F32) X(f16, F16) X(bf16, BF16)
+#endif

@@ -1,0 +1,131 @@
+// What differs between compilers: NVRTC, hipcc, and a C++ compiler that plays a device in the tests
+// (which defines EMULATED and everything below before it includes a kernel).
+//
+// Threads are grouped by 32 in shuffles, whatever the width of the hardware's waves.
+// All files are compiled without contraction of a * b + c: what is fused says fmaf.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define LANES 32
+
+#if defined(EMULATED)
+
+#elif defined(__HIP__) || defined(__HIPCC__)
+
+#include <hip/hip_runtime.h>
+
+#define INLINE __device__ __forceinline__
+#define KERNEL(name, Arguments, threads)                                                               \
+    extern "C" __global__ void __launch_bounds__(threads) name(const Arguments a)
+#define KERNEL_IN_COMPANY(name, Arguments, threads, blocks) KERNEL(name, Arguments, threads)
+#define SHARED __shared__
+#define SHARED_BYTES(name) extern __shared__ uint4 name##_words[]; u8 *name = (u8 *)name##_words
+
+INLINE float half_to_float(u16 bits) { return (float)*(const _Float16 *)&bits; }
+INLINE u16 float_to_half(float x) { _Float16 h = (_Float16)x; return *(const u16 *)&h; }
+INLINE float shuffle_xor(float x, int mask) { return __shfl_xor(x, mask, LANES); }
+INLINE int shuffle_xor(int x, int mask) { return __shfl_xor(x, mask, LANES); }
+INLINE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
+INLINE u32 bits_of(float x) { return __float_as_uint(x); }
+INLINE int dot4(u32 a, u32 b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (int)(signed char)(a >> i) * (int)(signed char)(b >> i);
+    return sum;
+}
+INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
+INLINE void copy16(void *shared, const void *from) { *(uint4 *)shared = *(const uint4 *)from; }
+INLINE void copies_issued() {}
+template <int PENDING> INLINE void copies_done() {}
+INLINE uint4 load_once(const uint4 *p) { return *p; }
+INLINE void wait_for_producer() {}
+INLINE void let_consumer_start() {}
+
+#else
+
+#define INLINE __device__ __forceinline__
+#define KERNEL(name, Arguments, threads)                                                               \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Arguments a)
+#define KERNEL_IN_COMPANY(name, Arguments, threads, blocks)                                            \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Arguments a)
+#define SHARED __shared__
+#define SHARED_BYTES(name) extern __shared__ uint4 name##_words[]; u8 *name = (u8 *)name##_words
+#define HAS_MATRIX_UNITS 1
+
+INLINE float half_to_float(u16 bits) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits)); return x; }
+INLINE u16 float_to_half(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
+INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+INLINE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+INLINE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
+INLINE u32 bits_of(float x) { return __float_as_uint(x); }
+INLINE int dot4(u32 a, u32 b, int sum) { return __dp4a((int)a, (int)b, sum); }
+INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
+
+// 16 bytes to shared memory, in the background; groups of copies are waited for in their order.
+INLINE void copy16(void *shared, const void *from) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+INLINE void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> INLINE void copies_done() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// What is read once only need not stay in a cache.
+INLINE uint4 load_once(const uint4 *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+// Programmatic dependent launch: nothing that an earlier kernel writes may be touched before the first.
+INLINE void wait_for_producer() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+INLINE void let_consumer_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 4 bytes, likewise.
+INLINE void copy4(void *shared, const void *from) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+
+// y[16 x 8] = a[16 x K] b[K x 8] + c, of signed bytes, by a group of 32 threads: K is 32 or 16. The two columns of a
+// thread have the same c in both of its rows.
+INLINE void multiply_bytes_32(int (&y)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%10,%11};"
+        : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
+}
+INLINE void multiply_bytes_16(int (&y)[4], u32 a0, u32 a1, u32 b, int c0, int c1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%7,%8};"
+        : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+        : "r"(a0), "r"(a1), "r"(b), "r"(c0), "r"(c1));
+}
+
+#endif
+
+INLINE float4 load_float4(const float *p) { return *(const float4 *)p; }
+
+INLINE float sum_of_lanes(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = x + shuffle_xor(x, mask);
+    return x;
+}
+INLINE int sum_of_lanes(int x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = x + shuffle_xor(x, mask);
+    return x;
+}
+INLINE float largest_of_lanes(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}

@@ -1,0 +1,132 @@
+"""What the backend asks of a device: memory, copies, launches, and addresses whose memory comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refengine_cupy.source import Kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments.
+
+    Attributes:
+        kernel: what is launched.
+        grid: blocks of threads, along three axes.
+        arguments: the bytes of the kernel's structure.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: bytes
+
+
+class Memory(Protocol):
+    """Memory of the device; given back when nobody holds it any more."""
+
+    address: int
+    nbytes: int
+
+
+class Addresses(Protocol):
+    """Addresses of the device, taken at once; memory is put behind them piece by piece.
+
+    Attributes:
+        address: the first.
+        piece: bytes of a piece.
+    """
+
+    address: int
+    piece: int
+
+    def back(self, piece: int) -> None:
+        """Put memory behind a piece.
+
+        Raises:
+            MemoryManagerError: the device has none left.
+        """
+        ...
+
+    def unback(self, piece: int) -> None:
+        """Give that memory back."""
+        ...
+
+
+class Runtime(Protocol):
+    """A device. What is asked of it happens in order; only ``download`` and ``synchronise`` wait.
+
+    Attributes:
+        name: as its vendor calls it.
+        total_bytes: of its memory.
+        matrix_units: whether kernels may use them.
+        multiprocessors: how many it has.
+    """
+
+    name: str
+    total_bytes: int
+    matrix_units: bool
+    multiprocessors: int
+
+    def allocate(self, nbytes: int, purpose: str) -> Memory:
+        """Memory, whatever it holds.
+
+        Raises:
+            MemoryLimitError: there is not so much left; the text names the purpose.
+        """
+        ...
+
+    def reserve(self, nbytes: int) -> Addresses:
+        """Addresses without memory."""
+        ...
+
+    def staging(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory of the host that copies to and from the device are fast with."""
+        ...
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        """Copy to the device; ``data`` is C-contiguous, and in use until the next ``synchronise`` if it is
+        staging.
+        """
+        ...
+
+    def download(self, address: int, out: NDArray[Any]) -> None:
+        """Copy from the device, and wait for it."""
+        ...
+
+    def fill(self, address: int, value: int, nbytes: int) -> None:
+        """Set bytes."""
+        ...
+
+    def copy(self, source: int, destination: int, nbytes: int) -> None:
+        """Copy within the device."""
+        ...
+
+    def prepare(self, kernel: Kernel) -> None:
+        """Compile and load a kernel.
+
+        Raises:
+            BackendFailedError: its source does not compile.
+        """
+        ...
+
+    def launch(self, launches: Sequence[Launch]) -> None:
+        """Queue kernels, one after the other."""
+        ...
+
+    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """The same kernels as one graph; calling it queues them all."""
+        ...
+
+    def synchronise(self) -> None:
+        """Wait until all is done.
+
+        Raises:
+            BackendFailedError: a kernel failed.
+        """
+        ...

@@ -1,0 +1,101 @@
+"""A step's arrays in one stretch of memory, so that one copy takes them to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refengine.memory import KVLayout
+from refengine.program import StepBatch
+from refengine_cupy.lowering import PARTITION, QUERY_TILE, StepShape
+
+ALIGNMENT = 16
+"""Arrays begin at multiples of so many bytes."""
+
+MANY_QUERIES = 8
+"""Tokens per sequence from which on attention goes by tiles of queries."""
+
+
+def shape_of(batch: StepBatch, layout: KVLayout) -> StepShape:
+    """What the launches for a step depend on.
+
+    Columns of block tables and partitions are rounded up to powers of two: so contexts that grow a little
+        have the same launches.
+    """
+    lengths = np.diff(batch.query_starts)
+    starts = batch.context_lens - lengths
+    partitions = 1
+    for pool in layout.groups:
+        seen = starts if pool.window is None else starts - pool.window + 1
+        first = np.maximum(seen if pool.window is not None else 0, 0) // PARTITION
+        partitions = max(partitions, int(((batch.context_lens - 1) // PARTITION - first).max()) + 1)
+    blocks = -(-int(batch.context_lens.max()) // layout.block_size)
+    return StepShape(
+        tokens=len(batch.token_ids),
+        sequences=len(batch.context_lens),
+        rows=len(batch.logit_rows),
+        blocks=_power_of_two(blocks),
+        partitions=_power_of_two(partitions),
+        query_tiles=len(query_tiles(batch)),
+    )
+
+
+def query_tiles(batch: StepBatch) -> NDArray[np.int32]:
+    """First tokens of tiles of queries: none, where sequences have few."""
+    if len(batch.token_ids) < MANY_QUERIES * len(batch.context_lens):
+        return np.empty(0, np.int32)
+    starts = batch.query_starts
+    tiles = [np.arange(a, b, QUERY_TILE) for a, b in pairwise(starts)]
+    return np.concatenate(tiles).astype(np.int32)
+
+
+def offsets_of(shape: StepShape, pools: int) -> tuple[Mapping[str, int], int]:
+    """Where each array of a step lies, by name, and the bytes of all."""
+    sizes = {
+        "token_ids": shape.tokens,
+        "positions": shape.tokens,
+        "sequences": shape.tokens,
+        "query_starts": shape.sequences + 1,
+        "context_lens": shape.sequences,
+        "logit_rows": shape.rows,
+        "query_tiles": shape.query_tiles,
+    }
+    for pool in range(pools):
+        sizes[f"slot_mapping.{pool}"] = shape.tokens
+        sizes[f"block_tables.{pool}"] = shape.sequences * shape.blocks
+    offsets, end = {}, 0
+    for name, count in sizes.items():
+        offsets[name] = end
+        end += -(-4 * count // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def write_arrays(
+    batch: StepBatch, shape: StepShape, offsets: Mapping[str, int], out: NDArray[np.uint8]
+) -> None:
+    """Put a step's arrays into ``out``. Columns that no context needs are left out of the block tables."""
+
+    def put(name: str, values: NDArray[np.integer]) -> None:
+        at = offsets[name]
+        out[at : at + 4 * values.size].view(np.int32)[...] = values.reshape(-1)
+
+    put("token_ids", batch.token_ids)
+    put("positions", batch.positions)
+    put("sequences", np.repeat(np.arange(shape.sequences, dtype=np.int32), np.diff(batch.query_starts)))
+    put("query_starts", batch.query_starts)
+    put("context_lens", batch.context_lens)
+    put("logit_rows", batch.logit_rows)
+    put("query_tiles", query_tiles(batch))
+    for pool, (slots, tables) in enumerate(zip(batch.slot_mapping, batch.block_tables, strict=True)):
+        put(f"slot_mapping.{pool}", slots)
+        columns = min(tables.shape[1], shape.blocks)
+        at = offsets[f"block_tables.{pool}"]
+        table = out[at : at + 4 * shape.sequences * shape.blocks].view(np.int32)
+        table.reshape(shape.sequences, shape.blocks)[:, :columns] = tables[:, :columns]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

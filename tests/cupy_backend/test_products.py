@@ -1,0 +1,98 @@
+"""Products of codes have the golden op's bits, whichever kernel computes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cupy_backend.emulation import EmulatedBackend, EmulatedRuntime
+from cupy_backend.matrices import stored_matrix
+
+from refengine.backend import load
+from refengine.program import POLICIES, Tracer, symbolic_inputs
+from refengine_conformance.subject import Subject, Weight, activation, one_sequence
+from refengine_cupy.backend import CupyBackend
+from refengine_cupy.packing import LAYOUTS
+
+MIXED8 = POLICIES["mixed8"]
+
+
+def activations(tokens: int, columns: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([seed, columns])
+    sizes = np.exp(3 * rng.standard_normal((200, 1)))
+    return (rng.standard_normal((200, columns)) * sizes).astype(np.float32)[:tokens]
+
+
+def matrix(name: str, rows: int, columns: int, seed: int = 0) -> Weight:
+    return Weight(stored_matrix(name, rows, columns, seed), (rows, columns), name)
+
+
+def product(start, x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
+    subject, tracer = Subject(start, policy=MIXED8), Tracer()
+    inputs = symbolic_inputs(tracer, kv_groups=1)
+    codes = tracer.quantize_a8(activation(tracer, inputs, "x", x.shape))
+    weights = {"x": Weight(x).tensor("x"), "w": weight.tensor("w")}
+    operands = [codes, tracer.symbol("w", "weight", weight.shape)]
+    if bias is not None:
+        weights["b"] = Weight(bias).tensor("b")
+        operands.append(tracer.symbol("b", "weight", bias.shape))
+    program = tracer.finish(tracer.linear_a8(*operands))
+    return subject.compile(program, weights, len(x)).run(one_sequence(len(x)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 3, 6, 40, 140])
+def test_products_have_the_golden_bits(name: str, tokens: int) -> None:
+    """One row by one, a few together, and tiles of three sizes, with rows and groups that fill none of them."""
+    x, weight = activations(tokens, 1280), matrix(name, 83, 1280)
+    bias = activations(1, 83, seed=1)[0]
+    ours, golden = (product(start, x, weight, bias) for start in (EmulatedBackend, lambda: load("numpy")))
+    assert ours.tobytes() == golden.tobytes()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_long_rows_are_added_in_order_across_stretches(tokens: int) -> None:
+    """More groups than are multiplied between two barriers, and not a multiple of four."""
+    x, weight = activations(tokens, 32 * 331), matrix("q4_0", 17, 32 * 331)
+    ours, golden = (product(start, x, weight) for start in (EmulatedBackend, lambda: load("numpy")))
+    assert ours.tobytes() == golden.tobytes()
+
+
+def block(tracer: Tracer, x, gate, up, down, activation: str):
+    codes = tracer.quantize_a8(x)
+    h = tracer.gated(tracer.linear_a8(codes, gate), tracer.linear_a8(codes, up), activation=activation)
+    return tracer.add(x, tracer.linear_a8(tracer.quantize_a8(h), down))
+
+
+@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q6_k"])
+def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(name: str, activation_name: str) -> None:
+    """Gate, up, activation, codes, down and residual: fused for one row, in part for several, by tiles for many."""
+    runtimes = []
+
+    def start() -> CupyBackend:
+        runtimes.append(EmulatedRuntime())
+        return CupyBackend(runtimes[-1])
+
+    weights = {
+        "gate": matrix(name, 256, 256, 1),
+        "up": matrix(name, 256, 256, 2),
+        "down": matrix(name, 256, 256, 3),
+    }
+    found = {}
+    for tokens in (1, 4, 20):
+        x, tracer = activations(tokens, 256), Tracer()
+        inputs = symbolic_inputs(tracer, kv_groups=1)
+        value = activation(tracer, inputs, "x", x.shape)
+        symbols = [tracer.symbol(role, "weight", (256, 256)) for role in weights]
+        # twice, so that x lives on as in a model
+        y = block(tracer, block(tracer, value, *symbols, activation_name), *symbols, activation_name)
+        tensors = {role: weight.tensor(role) for role, weight in weights.items()} | {
+            "x": Weight(x).tensor("x")
+        }
+        subject = Subject(start, policy=MIXED8)
+        found[tokens] = subject.compile(tracer.finish(y), tensors, tokens).run(one_sequence(tokens))
+    fused = [name for name in runtimes[0].launched if "quantize" in name]
+    assert len(fused) < len([name for name in runtimes[1].launched if "quantize" in name])
+    assert np.isfinite(found[1]).all()
+    assert found[1].tobytes() == found[4][:1].tobytes() == found[20][:1].tobytes()
+    assert found[4].tobytes() == found[20][:4].tobytes()
