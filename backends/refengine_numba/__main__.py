@@ -34,6 +34,8 @@ from refengine_numba.layout import LAYOUTS
 from refengine_numba.norm import rms_norm_entry
 from refengine_numba.rope import PAIRINGS, rope_entry, rope_table_entry
 from refengine_numba.seal import kv_seal_entry
+from refengine_numba.stage_table import run_stages
+from refengine_numba.team import together
 
 SEALED = ("int8", "int4")
 """Formats of sealed keys and values that are worth having beforehand."""
@@ -43,6 +45,7 @@ def kernels(instructions: str) -> Iterator[Callable[[], Any]]:
     """What compiles each kernel of an instruction set, or loads it where that is done."""
     yield from (quantize_entry, round_entry, rms_norm_entry, rope_table_entry, take_rows_entry)
     yield from (attention_entry, merge_entry, partial(tile_entry, instructions))
+    yield from (lambda: together, lambda: run_stages)  # done by the imports
     yield from (partial(rope_entry, pairing) for pairing in PAIRINGS)
     yield from (partial(elementwise_entry, name) for name in FORMULAS)
     for name, layout in LAYOUTS.items():

@@ -1,0 +1,1 @@
+"""A package, so that a benchmark of this name does not hide it."""
