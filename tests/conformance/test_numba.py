@@ -47,6 +47,9 @@ OTHER_CASES = [
 OTHERS = [name for name in isa.available(isa.processor_features()) if name != isa.choose()]
 """Instruction sets that would not be taken by themselves."""
 
+LIMIT_S = 6 * QUICK.limit_s
+"""Of a property: some draw formats whose kernels are compiled when they are first met."""
+
 FEW = 6
 """Examples of a property for those."""
 
@@ -73,7 +76,7 @@ def worker(instructions: str) -> Iterator[Worker]:
 
 
 def hold(worker: Worker, item: Property, policy: str, examples: int) -> Outcome:
-    return worker.hold(Task(BackendSubject("numba", policy), item.id, examples, 0, QUICK.limit_s))
+    return worker.hold(Task(BackendSubject("numba", policy), item.id, examples, 0, LIMIT_S))
 
 
 @pytest.mark.parametrize("instructions", [isa.choose()], indirect=True)
