@@ -35,7 +35,9 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize(("accessor", "key"), [(a, key) for a, keys in ACCEPTED.items() for key in keys])
+@pytest.mark.parametrize(
+    ("accessor", "key"), [(a, key) for a, keys in ACCEPTED.items() for key in sorted(keys)]
+)
 def test_value_of_the_type_is_returned(accessor: str, key: str) -> None:
     """An accessor returns a value of its type, whether or not there is a default."""
     access = getattr(METADATA, accessor)
