@@ -187,7 +187,7 @@ def test_a_backend_that_lacks_ops_runs_only_with_fallback(run: Run, monkeypatch:
         name = "empty"
         native: ClassVar[dict[str, OpFunction]] = {}
 
-    monkeypatch.setattr("refengine.backend.load", lambda name: Empty())
+    monkeypatch.setattr("refengine.backend.selection.load", lambda name: Empty())
     arguments = ("run", "alphabet.gguf", "x", "-n", "2", "--raw")
     refused = run(*arguments)
     assert refused.exit_code == UnsupportedError.exit_code
