@@ -112,7 +112,9 @@ def check_finite(logits: NDArray[Any]) -> None:
 
     Clauses: SMP-2.
     """
-    if not (np.isfinite(logits.max()) and np.isfinite(logits.min())):  # NaN is the greatest of all
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = logits.sum()  # one pass: it is finite only where all of them are, though it may overflow
+    if not np.isfinite(total) and not np.isfinite(logits).all():
         raise NumericalError("the logits are not finite: the weights or the arithmetic overflowed")
 
 
