@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from memory.naive_cache import NaiveCache, NaivePool
 
+from memory.naive_cache import NaiveCache, NaivePool
 from refengine.errors import BlockStateError, OutOfBlocksError, SequenceStateError
 from refengine.memory import BlockAllocator, KVCacheManager, KVGroupLayout, KVLayout, PrefixCache, verify
 
