@@ -73,6 +73,18 @@ def test_importing_refengine_loads_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_only_kernels_need_numba() -> None:
+    """Its backend runs without Numba whatever was compiled before: imports of it are below ``kernels`` alone."""
+    here = ROOT.parent / "backends" / "refengine_numba"
+    for path in here.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        heavy = {name for name in names if name.split(".")[0] == "numba" or ".kernels" in name}
+        assert not heavy, f"{path.name} imports {', '.join(heavy)}"
+    assert any("numba" in path.read_text() for path in here.glob("kernels/*.py"))
+
+
 def test_the_public_names() -> None:
     """What ``refengine`` promises, and nothing by accident."""
     assert sorted(refengine.__all__) == [

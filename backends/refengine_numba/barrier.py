@@ -1,22 +1,9 @@
-"""A barrier between threads inside compiled code, without Python, and while all goes well without the system.
-
-The last thread to arrive opens the next round; the others watch for it: first spinning, for about as long as
-a well-balanced step makes them wait, then letting other threads have the core between two looks, and at last
-asleep for moments. So two threads on one core change places soon, and one that waits for long costs nothing.
-
-Source: Mellor-Crummey & Scott, 1991, ACM TOCS 9(1), algorithm 7 (a central barrier; the round's number stands
-for the reversed sense).
-"""
+"""The state of a barrier between threads; :mod:`refengine_numba.kernels.barrier` waits at it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-
-from refengine_numba.compilation import part
-from refengine_numba.intrinsics import atomic_add, atomic_load, atomic_store, doze, give_way, pause
 
 ARRIVED = 0
 """Word of the state: how many threads wait in this round."""
@@ -27,40 +14,9 @@ ROUND = 16
 STATE_WORDS = 32
 """Words of a barrier's state."""
 
-SPINS = 2000
-"""Looks before a thread first gives way: some tens of microseconds."""
-
-YIELDS = 4000
-"""Looks with giving way in between, before a thread first sleeps: some milliseconds."""
-
 
 def barrier_state() -> NDArray[np.int64]:
     """A barrier at rest: int64 [STATE_WORDS], aligned to two cache lines."""
     words = np.zeros(STATE_WORDS + 15, np.int64)
     start = -words.ctypes.data % 128 // 8
     return words[start : start + STATE_WORDS]
-
-
-@part
-def wait(state: Any, threads: int) -> None:
-    """Return once all ``threads`` threads are here; what they wrote before is seen by all after.
-
-    Every thread must come, with the same ``threads``: one that leaves by an exception makes the others wait
-    for ever. The state serves any number of rounds, one group of threads at a time.
-    """
-    if threads == 1:
-        return
-    here = atomic_load(state, ROUND)
-    if atomic_add(state, ARRIVED, 1) == threads - 1:
-        atomic_store(state, ARRIVED, 0)
-        atomic_store(state, ROUND, here + 1)
-        return
-    looks = 0
-    while atomic_load(state, ROUND) == here:
-        looks += 1
-        if looks < SPINS:
-            pause()
-        elif looks < YIELDS:
-            give_way()
-        else:
-            doze()

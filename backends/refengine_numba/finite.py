@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.quantizer import decode, encoding
-from refengine_numba.kv_lanes import TOO_LARGE
 from refengine_numba.layout import LAYOUTS, Layout
 
 CHUNK_BYTES = 2**20
@@ -20,6 +19,8 @@ HALVES = {"half": (0,), "pair": (0, 2), "six_bit": (0, 2), "eight_bit": (208,)}
 EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
 """Weights as unsigned integers, and their exponent's bits: all set in infinity and NaN alone."""
 
+TOO_LARGE = np.float32(65520)
+"""From here on numbers round to infinity."""
 
 Bytes = NDArray[np.uint8]
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import llvmlite.binding as llvm
-from numba.core import config
 
 from refengine.errors import UnsupportedError
 
@@ -31,8 +30,9 @@ FEATURES: Mapping[str, frozenset[str]] = MappingProxyType(
 
 def processor_features() -> frozenset[str]:
     """What compiled code may use: the processor's features, or what ``NUMBA_CPU_FEATURES`` leaves of them."""
-    if config.CPU_FEATURES is not None:
-        chosen = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    asked = os.environ.get("NUMBA_CPU_FEATURES")
+    if asked is not None:
+        chosen = {name[1:] for name in asked.split(",") if name.startswith("+")}
     else:
         chosen = {name for name, present in llvm.get_host_cpu_features().items() if present}
     return frozenset(chosen)

@@ -12,29 +12,13 @@ from numpy.typing import NDArray
 
 from refengine.program import Instruction, Value
 from refengine_numba.arguments import Arguments
-from refengine_numba.attention_entry import (
-    attention_arguments,
-    attention_entry,
-    merge_entry,
-    workspace_bytes,
-)
-from refengine_numba.attention_sealed import sealed_attention_arguments
-from refengine_numba.copy import take_rows, take_rows_entry
-from refengine_numba.elementwise import elementwise, elementwise_entry
-from refengine_numba.entry import (
-    float32_entry,
-    mixed8_entry,
-    mixed16_entry,
-    quantize_entry,
-    round_entry,
-    rows_entry,
-)
+from refengine_numba.attention_arguments import attention_arguments, sealed_attention_arguments
+from refengine_numba.attention_sizes import workspace_bytes
+from refengine_numba.entries import Entry, entry
+from refengine_numba.kv_arguments import kv_seal_arguments, kv_write_arguments
 from refengine_numba.kv_pool import pool_of
-from refengine_numba.kv_write import kv_write_arguments, kv_write_entry
 from refengine_numba.matrix import quantization, rounding
-from refengine_numba.norm import rms_norm, rms_norm_entry
-from refengine_numba.rope import rope, rope_entry, rope_table, rope_table_entry
-from refengine_numba.seal import kv_seal_arguments, kv_seal_entry
+from refengine_numba.row_arguments import elementwise, rms_norm, rope, rope_table, take_rows
 from refengine_numba.stage import Span, Stage
 
 
@@ -81,27 +65,29 @@ def lower(site: Site) -> list[Stage]:
 def _embedding(site: Site) -> list[Stage]:
     ids, table = site.operands
     arguments = table.look_up(ids, site.result, rows=site.rows)
-    return [Stage(rows_entry(table.encoding), arguments, (), (Span.of(site.result, site.rows),))]
+    return [Stage(entry("rows.look_up", table.encoding), arguments, (), (Span.of(site.result, site.rows),))]
 
 
 def _linear(site: Site) -> list[Stage]:
     x, weight, *bias = site.operands
     arguments = weight.product(x, site.result, *bias, rows=site.rows)
-    return [Stage(float32_entry(weight.encoding), arguments, (Span.of(x),), (Span.of(site.result),))]
+    return [
+        Stage(entry("products.float32", weight.encoding), arguments, (Span.of(x),), (Span.of(site.result),))
+    ]
 
 
 def _quantize(site: Site) -> list[Stage]:
     (x,) = site.operands
     arguments = quantization(x, site.result.reshape(-1), rows=site.rows)
     spans = (Span.of(x, site.rows),), (Span.of(site.result),)
-    return [Stage(quantize_entry(), arguments, *spans)]
+    return [Stage(entry("activations.quantize"), arguments, *spans)]
 
 
 def _linear_a8(site: Site) -> list[Stage]:
     codes, weight, *bias = site.operands
     arguments = weight.product(codes.reshape(-1), site.result, *bias, rows=site.rows)
-    entry = mixed8_entry(weight.encoding, site.isa)
-    return [Stage(entry, arguments, (Span.of(codes),), (Span.of(site.result),))]
+    product = entry("products.mixed8", weight.encoding, site.isa)
+    return [Stage(product, arguments, (Span.of(codes),), (Span.of(site.result),))]
 
 
 def _linear_a16(site: Site) -> list[Stage]:
@@ -113,21 +99,21 @@ def _linear_a16(site: Site) -> list[Stage]:
     second = weight.product_of_halves(rounded, powers, site.result, *bias, rows=site.rows)
     reads = Span.of(rounded), Span.of(powers)
     return [
-        Stage(round_entry(), first, (Span.of(x, site.rows),), by_rows),
-        Stage(mixed16_entry(weight.encoding), second, reads, (Span.of(site.result),)),
+        Stage(entry("halves.round"), first, (Span.of(x, site.rows),), by_rows),
+        Stage(entry("products.mixed16", weight.encoding), second, reads, (Span.of(site.result),)),
     ]
 
 
-def _by_rows(site: Site, entry: Any, arguments: Arguments, *operands: NDArray[Any]) -> list[Stage]:
+def _by_rows(site: Site, kernel: Entry, arguments: Arguments, *operands: NDArray[Any]) -> list[Stage]:
     """One stage in which each thread reads and writes rows of its own."""
     reads = tuple(Span.of(operand, site.rows) for operand in operands)
-    return [Stage(entry, arguments, reads, (Span.of(site.result, site.rows),))]
+    return [Stage(kernel, arguments, reads, (Span.of(site.result, site.rows),))]
 
 
 def _rms_norm(site: Site) -> list[Stage]:
     x, weight = site.operands
     arguments = rms_norm(x, weight, site.result, eps=site.attributes["eps"], rows=site.rows)
-    return _by_rows(site, rms_norm_entry(), arguments, x)
+    return _by_rows(site, entry("norm.rms_norm"), arguments, x)
 
 
 def _rope_table(site: Site) -> list[Stage]:
@@ -135,19 +121,21 @@ def _rope_table(site: Site) -> list[Stage]:
     arguments = rope_table(
         site.operands[0], site.result, magnitude=site.attributes.get("magnitude", 1.0), **options
     )
-    return _by_rows(site, rope_table_entry(), arguments)
+    return _by_rows(site, entry("rope.rope_table"), arguments)
 
 
 def _rope(site: Site) -> list[Stage]:
     x, table = site.operands
     arguments = rope(x, table, site.result, rows=site.rows)
-    return _by_rows(site, rope_entry(site.attributes["pairing"]), arguments, x, table)
+    return _by_rows(site, entry("rope.rope", site.attributes["pairing"]), arguments, x, table)
 
 
 def _elementwise(name: str, site: Site, factor: float = 1.0) -> list[Stage]:
     x, y = (*site.operands, None)[:2]
     arguments = elementwise(name, x, y, site.result, factor=factor, rows=site.rows)
-    return _by_rows(site, elementwise_entry(name), arguments, *(x for x in (x, y) if x is not None))
+    return _by_rows(
+        site, entry("elementwise.elementwise", name), arguments, *(x for x in (x, y) if x is not None)
+    )
 
 
 def _add(site: Site) -> list[Stage]:
@@ -171,7 +159,7 @@ def _kv_write(site: Site) -> list[Stage]:
     rows = _rows(site.instruction.operands[1])
     arguments = kv_write_arguments(cache, k, v, slots, rows=rows)
     reads = Span.of(k, rows), Span.of(v, rows)
-    return [Stage(kv_write_entry(pool_of(cache).kind), arguments, reads, (_cache_span(cache),))]
+    return [Stage(entry("kv_write.kv_write", pool_of(cache).kind), arguments, reads, (_cache_span(cache),))]
 
 
 def _attention(site: Site) -> list[Stage]:
@@ -223,8 +211,8 @@ def _attending(site: Site, arguments: Arguments, *caches: Span) -> list[Stage]:
     q, working = Span.of(site.operands[0]), Span.of(site.workspace)
     merged = (Span.of(site.result, site.rows), working)
     return [
-        Stage(attention_entry(), arguments, (q, *caches), (Span.of(site.result), working)),
-        Stage(merge_entry(), arguments, (working,), merged),
+        Stage(entry("attention_entry.attention"), arguments, (q, *caches), (Span.of(site.result), working)),
+        Stage(entry("attention_entry.merge"), arguments, (working,), merged),
     ]
 
 
@@ -242,8 +230,8 @@ def _kv_seal(site: Site) -> list[Stage]:
         exact_columns=exact_columns,
     )
     keys, values = (form.name for form in cache.formats)
-    entry = kv_seal_entry(keys, values, exact.keys.dtype.name)
-    return [Stage(entry, arguments, (_cache_span(exact),), (_cache_span(cache),))]
+    seal = entry("seal.kv_seal", keys, values, exact.keys.dtype.name)
+    return [Stage(seal, arguments, (_cache_span(exact),), (_cache_span(cache),))]
 
 
 def _cache_span(cache: Any) -> Span:
@@ -260,7 +248,7 @@ def _take_rows(site: Site) -> list[Stage]:
     x, ids = site.operands
     taken = str(site.instruction.result.shape[0])
     arguments = take_rows(x, ids, site.result, rows=site.rows, taken=taken)
-    return [Stage(take_rows_entry(), arguments, (Span.of(x),), (Span.of(site.result, taken),))]
+    return [Stage(entry("copy.take_rows"), arguments, (Span.of(x),), (Span.of(site.result, taken),))]
 
 
 LOWERINGS: Mapping[str, Callable[[Site], list[Stage]]] = MappingProxyType(

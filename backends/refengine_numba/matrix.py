@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from refengine.errors import NumericalError
 from refengine.quantizer import LazyTensor
 from refengine_numba import repack
-from refengine_numba.activations import record_bytes
 from refengine_numba.arguments import Arguments, check
 from refengine_numba.finite import all_finite, fit_float16
 from refengine_numba.layout import GROUP, TILE_ROWS
+from refengine_numba.records import record_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

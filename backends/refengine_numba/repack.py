@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from refengine.errors import UnsupportedError
 from refengine.quantizer import encoding
-from refengine_numba.entry import pack_entry
+from refengine_numba.entries import entry
 from refengine_numba.layout import GROUP, LAYOUTS, TILE_ROWS, Layout, tiles
 
 Bytes = NDArray[np.uint8]
@@ -89,7 +89,9 @@ def _pack_tiles(layout: Layout, data: Bytes, out: Bytes) -> None:
     """Whole tiles of rows that need not follow each other closely."""
     words = [data.ctypes.data, data.strides[0], out.ctypes.data, len(data) // TILE_ROWS, data.shape[1]]
     arguments = np.array(words, np.int64)
-    pack_entry(layout.encoding).ctypes(0, 1, arguments.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    entry("packing.pack", layout.encoding).function(
+        0, 1, arguments.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
+    )
 
 
 # The way back, in NumPy: cells [tiles, blocks, cell_bytes] to blocks [tiles, blocks, 16 rows, block_bytes].

@@ -16,6 +16,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from refengine_numba.arguments import Arguments
+from refengine_numba.entries import Entry
+
+STAGE_WORDS = 3
+"""Words of a stage: its entry's address, its first argument, whether all threads meet before it."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ class Stage:
     """One call of an entry in every thread.
 
     Attributes:
-        entry: as :func:`compilation.entry` gives it.
+        entry: a kernel.
         arguments: what it is called with.
         reads: memory that other stages write.
         writes: memory that other stages read or write.
     """
 
-    entry: Any
+    entry: Entry
     arguments: Arguments
     reads: tuple[Span, ...]
     writes: tuple[Span, ...]

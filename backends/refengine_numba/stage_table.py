@@ -8,25 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine_numba.barrier import STATE_WORDS, barrier_state, wait
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, call, words_at
+from refengine_numba.barrier import barrier_state
+from refengine_numba.entries import entry
 from refengine_numba.stage import Stage, barriers
 from refengine_numba.team import Team
-
-STAGE_WORDS = 3
-"""Words of a stage: its entry's address, its first argument, whether all threads meet before it."""
-
-
-@entry(SIGNATURE)
-def run_stages(thread: int, threads: int, a: Any) -> None:
-    """Call every stage. Arguments: table, number of stages, their arguments, words of these, barrier."""
-    table, arguments = words_at(a[0], a[1] * STAGE_WORDS), words_at(a[2], a[3])
-    barrier = words_at(a[4], STATE_WORDS)
-    for i in range(a[1]):
-        if table[STAGE_WORDS * i + 2] != 0:
-            wait(barrier, threads)
-        call(table[STAGE_WORDS * i], thread, threads, arguments, table[STAGE_WORDS * i + 1])
 
 
 class StageTable:
@@ -76,7 +61,7 @@ class StageTable:
             self._arguments[places] = sizes[symbol]
         for name, places in self._moving.items():
             self._arguments[places] = _address(moving[name])
-        team.run(run_stages, self._words, threads)
+        team.run(entry("stages.run_stages"), self._words, threads)
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -20,10 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.errors import UnsupportedError
-from refengine_numba.barrier import STATE_WORDS, barrier_state, wait
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, call_at, words_at
-from refengine_numba.intrinsics import atomic_add, atomic_load, pause
+from refengine_numba.barrier import barrier_state
+from refengine_numba.entries import entry
 
 VARIABLE = "REFENGINE_THREADS"
 """The environment variable that says how many threads compute."""
@@ -53,25 +51,6 @@ def _cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
-
-
-@entry(SIGNATURE)
-def together(thread: int, threads: int, a: Any) -> None:
-    """Call an entry, wait for the others, and then some time for the next call, which often comes soon.
-
-    Arguments: the entry's address, that of its arguments, barrier, number of calls, how often to look for
-    more.
-    """
-    calls = words_at(a[3], 1)
-    if thread == 0:
-        atomic_add(calls, 0, 1)
-    call_at(a[0], thread, threads, a[1])
-    looks, now = a[4], atomic_load(calls, 0)
-    wait(words_at(a[2], STATE_WORDS), threads)
-    if thread > 0:
-        while looks > 0 and atomic_load(calls, 0) == now:
-            looks -= 1
-            pause()
 
 
 class Team:
@@ -111,7 +90,10 @@ class Team:
         with self._turn:
             self._words[:2] = function.address, words.ctypes.data
             self._words[4] = LOOKS if threads <= len(_cores()) else 0
-            call, pointer = together.ctypes, self._words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
+            call, pointer = (
+                entry("together.together").function,
+                self._words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
+            )
             kept = (
                 self._words,
                 self._barrier,

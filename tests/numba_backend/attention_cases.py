@@ -10,8 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 from refengine.ops import LayerCache
-from refengine_numba import attention_entry, isa
-from refengine_numba.attention_entry import attention_arguments, workspace_bytes
+from refengine_numba import entries, isa
+from refengine_numba.attention_arguments import attention_arguments
+from refengine_numba.attention_sizes import workspace_bytes
 
 U = 2.0**-24
 """Unit roundoff of float32."""
@@ -92,8 +93,8 @@ def attend(
         q, cache, tables, starts, contexts, y, np.full(words, np.nan, np.float32).view(np.uint8),
         isa=path or isa.choose(), threads=threads, scale=case.scale, window=case.window, softcap=case.softcap,
     )  # fmt: skip
-    call(attention_entry.attention_entry(), arguments, threads, at_once=at_once)
-    call(attention_entry.merge_entry(), arguments, threads, at_once=at_once)
+    call(entries.entry("attention_entry.attention"), arguments, threads, at_once=at_once)
+    call(entries.entry("attention_entry.merge"), arguments, threads, at_once=at_once)
     return [y[a:b] for a, b in pairwise(starts)]
 
 

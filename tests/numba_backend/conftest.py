@@ -76,9 +76,9 @@ def run(compiled: Any, arguments: Any, threads: int = 1, at_once: bool = False) 
     pointer = arguments.words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
     if not at_once:
         for thread in reversed(range(threads)):
-            compiled.ctypes(thread, threads, pointer)
+            compiled.function(thread, threads, pointer)
         return
-    team = [threading.Thread(target=compiled.ctypes, args=(t, threads, pointer)) for t in range(threads)]
+    team = [threading.Thread(target=compiled.function, args=(t, threads, pointer)) for t in range(threads)]
     for member in team:
         member.start()
     for member in team:

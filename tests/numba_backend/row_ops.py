@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine_numba import copy, elementwise, norm, rope
+from refengine_numba import entries, row_arguments
 
 Run = Callable[..., None]
 
@@ -55,35 +55,32 @@ class RowOps:
         return result.checked()
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
-        make = lambda x, y: norm.rms_norm(x, weight, y, eps=eps)  # noqa: E731
-        return self._result(norm.rms_norm_entry(), make, x, x.shape)
+        make = lambda x, y: row_arguments.rms_norm(x, weight, y, eps=eps)  # noqa: E731
+        return self._result(entries.entry("norm.rms_norm"), make, x, x.shape)
 
     def elementwise(
         self, name: str, x: np.ndarray, y: np.ndarray | None = None, factor: float = 1.0
     ) -> np.ndarray:
-        make = lambda x, out: elementwise.elementwise(name, x, y, out, factor=factor)  # noqa: E731
-        return self._result(elementwise.elementwise_entry(name), make, x, x.shape)
+        make = lambda x, out: row_arguments.elementwise(name, x, y, out, factor=factor)  # noqa: E731
+        return self._result(entries.entry("elementwise.elementwise", name), make, x, x.shape)
 
     def rope(self, x: np.ndarray, table: np.ndarray, *, pairing: str) -> np.ndarray:
-        make = lambda x, y: rope.rope(x, table, y)  # noqa: E731
-        return self._result(rope.rope_entry(pairing), make, x, x.shape)
+        make = lambda x, y: row_arguments.rope(x, table, y)  # noqa: E731
+        return self._result(entries.entry("rope.rope", pairing), make, x, x.shape)
 
     def rope_table(
         self, positions: np.ndarray, frequencies: tuple[float, ...], magnitude: float
     ) -> np.ndarray:
         table = Guarded((len(positions), 2 * len(frequencies)))
-        arguments = rope.rope_table(positions, table.inside, frequencies=frequencies, magnitude=magnitude)
-        self._call(rope.rope_table_entry(), arguments, self._threads)
+        arguments = row_arguments.rope_table(
+            positions, table.inside, frequencies=frequencies, magnitude=magnitude
+        )
+        self._call(entries.entry("rope.rope_table"), arguments, self._threads)
         return table.checked()
-
-    def copy(self, x: np.ndarray) -> np.ndarray:
-        y = Guarded(x.shape)
-        self._call(copy.copy_entry(), copy.copy(x, y.inside), self._threads)
-        return y.checked()
 
     def take_rows(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         y = Guarded((len(ids), x.shape[1]))
-        self._call(copy.take_rows_entry(), copy.take_rows(x, ids, y.inside), self._threads)
+        self._call(entries.entry("copy.take_rows"), row_arguments.take_rows(x, ids, y.inside), self._threads)
         return y.checked()
 
 
@@ -104,8 +101,10 @@ def checksum(call: Run, threads: int = 2) -> int:
             ops.rms_norm(x, y[0], eps=1e-5),
             *(ops.elementwise(name, x, y, 0.0) for name in ("add", "silu", "gelu_tanh")),
             *(ops.elementwise(name, x, None, 3.0) for name in ("scale", "softcap")),
-            *(ops.rope(numbers(5, 3, 2 * size + 1), table, pairing=pairing) for pairing in rope.PAIRINGS),
-            ops.copy(x),
+            *(
+                ops.rope(numbers(5, 3, 2 * size + 1), table, pairing=pairing)
+                for pairing in row_arguments.PAIRINGS
+            ),
             ops.take_rows(x, np.array([4, 0, 4], np.int32)),
             table,
         ]

@@ -16,9 +16,9 @@ from numba_backend.attention_cases import Case, attend, case, expected, whole
 
 from refengine.errors import UnsupportedError
 from refengine.ops import LayerCache
-from refengine_numba import attention_entry, isa
-from refengine_numba.attention_arithmetic import tile_entry
-from refengine_numba.attention_entry import attention_arguments, workspace_bytes
+from refengine_numba import entries, isa
+from refengine_numba.attention_arguments import attention_arguments
+from refengine_numba.attention_sizes import workspace_bytes
 
 Run = Callable[..., None]
 
@@ -136,8 +136,8 @@ def test_arguments_serve_one_step_after_the_other(call: Run) -> None:
             arguments.words[place] = {"T": count, "S": len(pieces), "M3": len(rows[0])}[symbol]
         for threads in (2, 1):
             y.fill(np.nan)
-            call(attention_entry.attention_entry(), arguments, threads)
-            call(attention_entry.merge_entry(), arguments, threads)
+            call(entries.entry("attention_entry.attention"), arguments, threads)
+            call(entries.entry("attention_entry.merge"), arguments, threads)
             assert y[:count].tobytes() == np.concatenate(alone).tobytes()
             assert np.isnan(y[count:]).all()
 
@@ -297,4 +297,7 @@ def test_the_workspace_does_not_grow_with_the_context() -> None:
 
 def test_entries_are_compiled_once() -> None:
     """The same entry is the same address."""
-    assert tile_entry(isa.choose()).address == tile_entry(isa.choose()).address
+    assert (
+        entries.entry("attention_arithmetic.tile", isa.choose()).address
+        == entries.entry("attention_arithmetic.tile", isa.choose()).address
+    )

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from refengine.ops import LayerCache, kv_write
-from refengine_numba.kv_lanes import TOO_LARGE
+from refengine_numba import entries
+from refengine_numba.finite import TOO_LARGE
+from refengine_numba.kv_arguments import kv_write_arguments
 from refengine_numba.kv_pool import pool_of
-from refengine_numba.kv_write import kv_write_arguments, kv_write_entry
 
 Run = Callable[..., None]
 
@@ -22,7 +23,11 @@ Run = Callable[..., None]
 def written(
     cache: LayerCache, k: np.ndarray, v: np.ndarray, slots: np.ndarray, call: Run, threads: int = 1
 ) -> None:
-    call(kv_write_entry(pool_of(cache).kind), kv_write_arguments(cache, k, v, slots), threads)
+    call(
+        entries.entry("kv_write.kv_write", pool_of(cache).kind),
+        kv_write_arguments(cache, k, v, slots),
+        threads,
+    )
 
 
 def pools(blocks: int, block_size: int, kv_heads: int, size: int, dtype: type) -> list[np.ndarray]:

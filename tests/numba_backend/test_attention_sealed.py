@@ -17,9 +17,9 @@ from numba_backend.attention_cases import Case, case, expected, whole
 from refengine.ops import LayerCache, SealedLayerCache
 from refengine.ops.scratch import Scratch
 from refengine.quantizer import SEALED_KEYS, SEALED_VALUES
-from refengine_numba import attention_entry, isa
-from refengine_numba.attention_entry import workspace_bytes
-from refengine_numba.attention_sealed import sealed_attention_arguments
+from refengine_numba import entries, isa
+from refengine_numba.attention_arguments import sealed_attention_arguments
+from refengine_numba.attention_sizes import workspace_bytes
 
 Run = Callable[..., None]
 
@@ -93,8 +93,8 @@ def attend(
         np.full(words, np.nan, np.float32).view(np.uint8), isa=isa.choose(), threads=threads,
         scale=drawn.scale, window=drawn.window, softcap=drawn.softcap,
     )  # fmt: skip
-    call(attention_entry.attention_entry(), arguments, threads)
-    call(attention_entry.merge_entry(), arguments, threads)
+    call(entries.entry("attention_entry.attention"), arguments, threads)
+    call(entries.entry("attention_entry.merge"), arguments, threads)
     return [y[a:b] for a, b in pairwise(starts)]
 
 

@@ -11,7 +11,8 @@ import numba
 import numpy as np
 import pytest
 
-from refengine_numba.barrier import barrier_state, wait
+from refengine_numba.barrier import barrier_state
+from refengine_numba.kernels.barrier import wait
 
 
 @numba.njit(nogil=True)

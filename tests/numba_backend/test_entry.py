@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from mixed_products import mixed8_product
 
-from refengine_numba import activations, entry, isa
-from refengine_numba.barrier import barrier_state, wait
+from refengine_numba import entries, isa
+from refengine_numba.barrier import barrier_state
+from refengine_numba.kernels import entry
+from refengine_numba.kernels.barrier import wait
 from refengine_numba.matrix import Arguments, TiledMatrix, quantization
+from refengine_numba.records import record_bytes
 from refengine_numba.repack import pack
 
 
@@ -52,11 +55,11 @@ def test_a_step_of_several_products_runs_in_one_region(how: str, matrix: Callabl
     instructions: list[tuple[object, Arguments]] = []
     for layer, d in zip(tiled, data, strict=True):
         expected = mixed8_product(layer.encoding, d, expected)
-        records = np.zeros(activations.record_bytes(3, layer.columns), np.uint8)
+        records = np.zeros(record_bytes(3, layer.columns), np.uint8)
         y = np.zeros((3, layer.rows), np.float32)
         instructions += [
-            (entry.quantize_entry(), quantization(x, records)),
-            (entry.mixed8_entry(layer.encoding, isa.choose()), layer.product(records, y)),
+            (entries.entry("activations.quantize"), quantization(x, records)),
+            (entries.entry("products.mixed8", layer.encoding, isa.choose()), layer.product(records, y)),
         ]
         x = y
     arrays = program(instructions)
@@ -78,6 +81,8 @@ def test_a_step_of_several_products_runs_in_one_region(how: str, matrix: Callabl
 
 def test_entries_are_compiled_once() -> None:
     """The same entry is the same address."""
-    assert entry.float32_entry("q4_0").address == entry.float32_entry("q4_0").address
+    assert (
+        entries.entry("products.float32", "q4_0").address == entries.entry("products.float32", "q4_0").address
+    )
     with pytest.raises(KeyError):
-        entry.float32_entry("iq4_nl")
+        entries.entry("products.float32", "iq4_nl")

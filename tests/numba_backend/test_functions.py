@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from refengine_numba import functions
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, floats_at
-from refengine_numba.vectors import load_f32, store
+from refengine_numba.kernels import functions
+from refengine_numba.kernels.compilation import entry
+from refengine_numba.kernels.entry import SIGNATURE, floats_at
+from refengine_numba.kernels.vectors import load_f32, store
 
 U = 2.0**-24
 """Unit roundoff of float32."""

@@ -44,18 +44,19 @@ import sys
 import numpy as np
 sys.path.insert(0, {folder!r})
 from conftest import run, stored_matrix
-from refengine_numba import activations, entry, isa
+from refengine_numba import entries, isa
 from refengine_numba.matrix import TiledMatrix, quantization
+from refengine_numba.records import record_bytes
 from refengine_numba.repack import pack
 results = []
 for name in ("q4_1", "q6_k"):
     matrix = TiledMatrix(name, 33, 256, pack(name, stored_matrix(name, 33, 256)))
     x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
-    records, y = np.zeros(activations.record_bytes(3, 256), np.uint8), np.zeros((3, 33), np.float32)
-    run(entry.quantize_entry(), quantization(x, records))
-    run(entry.mixed8_entry(name, isa.choose()), matrix.product(records, y))
+    records, y = np.zeros(record_bytes(3, 256), np.uint8), np.zeros((3, 33), np.float32)
+    run(entries.entry("activations.quantize"), quantization(x, records))
+    run(entries.entry("products.mixed8", name, isa.choose()), matrix.product(records, y))
     results.append(y.tobytes().hex())
-    run(entry.float32_entry(name), matrix.product(x, y))
+    run(entries.entry("products.float32", name), matrix.product(x, y))
     results.append(y.tobytes().hex())
 print(isa.choose(), *results)
 """

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from refengine_numba import lanes
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, bytes_at, floats_at
-from refengine_numba.vectors import load_f32, splat_i32, store, to_f32
+from refengine_numba.kernels import lanes
+from refengine_numba.kernels.compilation import entry
+from refengine_numba.kernels.entry import SIGNATURE, bytes_at, floats_at
+from refengine_numba.kernels.vectors import load_f32, splat_i32, store, to_f32
 
 Run = Callable[..., None]
 

@@ -12,11 +12,12 @@ from mixed_products import mixed8_product
 from refengine.errors import NumericalError
 from refengine.ops import quantize_a8
 from refengine.quantizer import LazyTensor, decode
-from refengine_numba import activations, entry, isa
+from refengine_numba import entries, isa
+from refengine_numba.kernels.share import share
 from refengine_numba.layout import LAYOUTS
 from refengine_numba.matrix import TiledMatrix, quantization
+from refengine_numba.records import CHUNK, record_bytes
 from refengine_numba.repack import pack
-from refengine_numba.share import share
 
 U = 2.0**-24
 """Unit roundoff of float32."""
@@ -44,14 +45,14 @@ def case(name: str, rows: int, columns: int, count: int, matrix: Matrix) -> tupl
 
 
 def records_of(x: np.ndarray, call: Run, threads: int = 1) -> np.ndarray:
-    records = np.full(activations.record_bytes(*x.shape), 0xAA, np.uint8)
-    call(entry.quantize_entry(), quantization(x, records), threads)
+    records = np.full(record_bytes(*x.shape), 0xAA, np.uint8)
+    call(entries.entry("activations.quantize"), quantization(x, records), threads)
     return records
 
 
 def float32(tiled: TiledMatrix, x: np.ndarray, call: Run, threads: int = 1, **kws: object) -> np.ndarray:
     y = np.full((len(x), tiled.rows), np.nan, np.float32)
-    call(entry.float32_entry(tiled.encoding), tiled.product(x, y, **kws), threads)
+    call(entries.entry("products.float32", tiled.encoding), tiled.product(x, y, **kws), threads)
     return y
 
 
@@ -60,7 +61,7 @@ def mixed8(
 ) -> np.ndarray:
     y = np.full((len(x), tiled.rows), np.nan, np.float32)
     arguments = tiled.product(records_of(x, call, threads), y, **kws)
-    call(entry.mixed8_entry(tiled.encoding, path), arguments, threads)
+    call(entries.entry("products.mixed8", tiled.encoding, path), arguments, threads)
     return y
 
 
@@ -146,7 +147,7 @@ def test_threads_at_once_give_the_bits_of_threads_in_turn(matrix: Matrix, call: 
     """No thread writes what another reads or writes."""
     tiled, _, x = case("q4_1", 500, 512, 5, matrix)
     y = np.zeros((5, 500), np.float32)
-    call(entry.float32_entry("q4_1"), tiled.product(x, y), 2, at_once=True)
+    call(entries.entry("products.float32", "q4_1"), tiled.product(x, y), 2, at_once=True)
     assert y.tobytes() == float32(tiled, x, call).tobytes()
 
 
@@ -158,7 +159,7 @@ def test_looked_up_rows_are_the_golden_decoders(name: str, call: Run, matrix: Ma
     ids = np.array([49, 0, 15, 16, 16, 31, 48, 7], np.int32)
     y = np.full((len(ids), columns), np.nan, np.float32)
     tiled = TiledMatrix(name, rows, columns, pack(name, data))
-    call(entry.rows_entry(name), tiled.look_up(ids, y), 2)
+    call(entries.entry("rows.look_up", name), tiled.look_up(ids, y), 2)
     assert y.tobytes() == decode(name, data)[ids].tobytes()
 
 
@@ -168,8 +169,8 @@ def test_looked_up_rows_are_the_golden_decoders(name: str, call: Run, matrix: Ma
 def in_rows(records: np.ndarray, rows: int, groups: int) -> np.ndarray:
     """Records [rows, groups, 48], row by row, read as the text says."""
     found = np.empty((rows, groups, 48), np.uint8)
-    for first in range(0, rows, activations.CHUNK):
-        width = min(activations.CHUNK, rows - first)
+    for first in range(0, rows, CHUNK):
+        width = min(CHUNK, rows - first)
         chunk = records[first * groups * 48 : (first + width) * groups * 48].reshape(groups, width, 48)
         found[first : first + width] = chunk.swapaxes(0, 1)
     return found
@@ -212,7 +213,7 @@ def test_only_arrays_of_the_right_kind_reach_a_kernel(matrix: Matrix) -> None:
         (x, y[:, :-1].copy(), None),
         (x, y, np.zeros(49, np.float32)),
         (x, y, np.zeros(50)),
-        (np.zeros(activations.record_bytes(2, 256) - 1, np.uint8), y, None),
+        (np.zeros(record_bytes(2, 256) - 1, np.uint8), y, None),
     ]:
         with pytest.raises(ValueError, match="must be C-contiguous"):
             tiled.product(wrong_x, wrong_y, bias)

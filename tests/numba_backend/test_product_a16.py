@@ -16,7 +16,7 @@ import pytest
 
 from refengine.errors import NumericalError
 from refengine.quantizer import LazyTensor, decode
-from refengine_numba import entry
+from refengine_numba import entries
 from refengine_numba.layout import LAYOUTS
 from refengine_numba.matrix import TiledMatrix, rounding
 from refengine_numba.repack import pack
@@ -52,14 +52,14 @@ def stored(weights: np.ndarray) -> TiledMatrix:
 
 def round_rows(x: np.ndarray, call: Run, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
     rounded, powers = np.full(x.shape, np.nan, np.float32), np.full(len(x), np.nan, np.float32)
-    call(entry.round_entry(), rounding(x, rounded, powers), threads)
+    call(entries.entry("halves.round"), rounding(x, rounded, powers), threads)
     return rounded, powers
 
 
 def mixed16(tiled: TiledMatrix, x: np.ndarray, call: Run, threads: int = 1, **kws: object) -> np.ndarray:
     y = np.full((len(x), tiled.rows), np.nan, np.float32)
     arguments = tiled.product_of_halves(*round_rows(x, call, threads), y, **kws)
-    call(entry.mixed16_entry(tiled.encoding), arguments, threads)
+    call(entries.entry("products.mixed16", tiled.encoding), arguments, threads)
     return y
 
 
@@ -163,7 +163,7 @@ def test_sums_are_those_of_float32_of_rounded_numbers(name: str, call: Run, matr
     for some in (x, x[:1].copy()):
         y = np.empty((len(some), rows), np.float32)
         halves = some.astype(np.float16).astype(np.float32)
-        call(entry.float32_entry("f32"), rounded.product(halves, y))
+        call(entries.entry("products.float32", "f32"), rounded.product(halves, y))
         assert mixed16(tiled, some, call).tobytes() == y.tobytes()
 
 

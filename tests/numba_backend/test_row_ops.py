@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from numba_backend.row_ops import RowOps, checksum
 
 from refengine import ops as golden
-from refengine_numba import copy, elementwise, norm, rope
-from refengine_numba.activations import record_bytes
-from refengine_numba.entry import quantize_entry
+from refengine_numba import entries, row_arguments
 from refengine_numba.matrix import quantization
+from refengine_numba.records import record_bytes
 
 U = 2.0**-24
 """Unit roundoff of float32."""
@@ -146,7 +145,7 @@ def test_gates_at_the_ends(call: Run, name: str) -> None:
     assert np.isnan(y[0, 9])
 
 
-@pytest.mark.parametrize("pairing", rope.PAIRINGS)
+@pytest.mark.parametrize("pairing", row_arguments.PAIRINGS)
 @given(seeds, rows, st.integers(1, 3), st.integers(1, 70), st.integers(0, 20), threads, st.booleans())
 @quick
 def test_rope_turns_pairs_and_leaves_the_rest(
@@ -184,9 +183,8 @@ def test_moved_numbers_keep_their_bits(call: Run) -> None:
     ids = np.array([6, 0, 6, 3], np.int32)
     for team in (1, 2, 5):
         ops = RowOps(call, team)
-        assert ops.copy(x).tobytes() == x.tobytes()
         assert ops.take_rows(x, ids).tobytes() == x[ids].tobytes()
-        for pairing in rope.PAIRINGS:
+        for pairing in row_arguments.PAIRINGS:
             turned = ops.rope(x[:, None], np.ones((7, 2), np.float32), pairing=pairing)
             assert turned[:, 0, 2:].tobytes() == x[:, 2:].tobytes()
 
@@ -244,8 +242,7 @@ def results(ops: RowOps, x: np.ndarray, y: np.ndarray, positions: np.ndarray) ->
         ops.rms_norm(x, y[0], eps=1e-5),
         *(ops.elementwise(name, x, y) for name in ("add", "silu", "gelu_tanh")),
         *(ops.elementwise(name, x, factor=3.0) for name in ("scale", "softcap")),
-        *(ops.rope(x.reshape(-1, 2, 41), table, pairing=pairing) for pairing in rope.PAIRINGS),
-        ops.copy(x),
+        *(ops.rope(x.reshape(-1, 2, 41), table, pairing=pairing) for pairing in row_arguments.PAIRINGS),
     ]
 
 
@@ -275,13 +272,18 @@ def test_a_step_with_fewer_rows_leaves_the_others_alone(call: Run) -> None:
     ids, records = np.array([2, 1, 0] * 3, np.int32), np.full(record_bytes(9, 32), 7, np.uint8)
     x32 = np.ascontiguousarray(x[:, :32])
     made = {
-        norm.rms_norm_entry(): norm.rms_norm(x, y[0], out, eps=1.0, rows="A"),
-        elementwise.elementwise_entry("add"): elementwise.elementwise("add", x, y, out, rows="A"),
-        rope.rope_entry("halves"): rope.rope(x.reshape(heads), table, out.reshape(heads), rows="A"),
-        rope.rope_table_entry(): rope.rope_table(ids, out, frequencies=(1.0,) * 20, rows="A"),
-        copy.copy_entry(): copy.copy(x, out, rows="A"),
-        copy.take_rows_entry(): copy.take_rows(x, ids, out, rows="B", taken="A"),
-        quantize_entry(): quantization(x32, records, rows="A"),
+        entries.entry("norm.rms_norm"): row_arguments.rms_norm(x, y[0], out, eps=1.0, rows="A"),
+        entries.entry("elementwise.elementwise", "add"): row_arguments.elementwise(
+            "add", x, y, out, rows="A"
+        ),
+        entries.entry("rope.rope", "halves"): row_arguments.rope(
+            x.reshape(heads), table, out.reshape(heads), rows="A"
+        ),
+        entries.entry("rope.rope_table"): row_arguments.rope_table(
+            ids, out, frequencies=(1.0,) * 20, rows="A"
+        ),
+        entries.entry("copy.take_rows"): row_arguments.take_rows(x, ids, out, rows="B", taken="A"),
+        entries.entry("activations.quantize"): quantization(x32, records, rows="A"),
     }
     for compiled, arguments in made.items():
         out[...] = 7
@@ -290,7 +292,7 @@ def test_a_step_with_fewer_rows_leaves_the_others_alone(call: Run) -> None:
         for at in arguments.symbols:
             arguments.words[at] = 4
         call(compiled, arguments, 3)
-        if compiled is not quantize_entry():
+        if compiled is not entries.entry("activations.quantize"):
             assert (out[4:] == 7).all()
             assert (out[:4] != 7).any(axis=1).all()
     assert records[: 4 * 48].tobytes() == golden.quantize_a8(x32[:4]).tobytes()
@@ -302,9 +304,9 @@ def test_threads_quantize_their_own_rows(call: Run) -> None:
     records = np.zeros((2, 5, 48), np.uint8)
     arguments = quantization(numbers(0, 5, 64), records.reshape(-1))
     pointer = arguments.words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
-    quantize_entry().ctypes(1, 2, pointer)
+    entries.entry("activations.quantize").function(1, 2, pointer)
     assert records.any(axis=(0, 2)).tolist() == [False, False, True, True, True]
-    quantize_entry().ctypes(0, 2, pointer)
+    entries.entry("activations.quantize").function(0, 2, pointer)
     assert records.any(axis=(0, 2)).all()
 
 
@@ -355,35 +357,36 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     x, y, table = np.zeros((3, 8), np.float32), np.zeros((3, 8), np.float32), np.zeros((3, 4), np.float32)
     heads, ids = np.zeros((3, 2, 4), np.float32), np.zeros(3, np.int32)
     refused: list[Callable[[], object]] = [
-        lambda: norm.rms_norm(x, x[0, :7], y, eps=1.0),
-        lambda: norm.rms_norm(x, x[0], y[:2], eps=1.0),
-        lambda: norm.rms_norm(x.T, x[:, 0].copy(), y.T, eps=1.0),
-        lambda: norm.rms_norm(x.astype(np.float64), x[0], y, eps=1.0),
-        lambda: elementwise.elementwise("add", x, y[:2], y),
-        lambda: elementwise.elementwise("add", x, y, y.astype(np.float16)),
-        lambda: rope.rope(heads, table[:2], heads),
-        lambda: rope.rope(heads, table, heads[:2]),
-        lambda: rope.rope_table(ids, table, frequencies=(1.0,)),
-        lambda: rope.rope_table(ids[:2], table, frequencies=(1.0, 2.0)),
-        lambda: rope.rope_table(ids.astype(np.int64), table, frequencies=(1.0, 2.0)),
-        lambda: copy.copy(x, y[:, :7]),
-        lambda: copy.take_rows(x, ids[:2], y),
-        lambda: copy.take_rows(x, ids.astype(np.int64), y),
+        lambda: row_arguments.rms_norm(x, x[0, :7], y, eps=1.0),
+        lambda: row_arguments.rms_norm(x, x[0], y[:2], eps=1.0),
+        lambda: row_arguments.rms_norm(x.T, x[:, 0].copy(), y.T, eps=1.0),
+        lambda: row_arguments.rms_norm(x.astype(np.float64), x[0], y, eps=1.0),
+        lambda: row_arguments.elementwise("add", x, y[:2], y),
+        lambda: row_arguments.elementwise("add", x, y, y.astype(np.float16)),
+        lambda: row_arguments.rope(heads, table[:2], heads),
+        lambda: row_arguments.rope(heads, table, heads[:2]),
+        lambda: row_arguments.rope_table(ids, table, frequencies=(1.0,)),
+        lambda: row_arguments.rope_table(ids[:2], table, frequencies=(1.0, 2.0)),
+        lambda: row_arguments.rope_table(ids.astype(np.int64), table, frequencies=(1.0, 2.0)),
+        lambda: row_arguments.take_rows(x, ids[:2], y),
+        lambda: row_arguments.take_rows(x, ids.astype(np.int64), y),
     ]
     for make in refused:
         with pytest.raises(ValueError, match="must be C-contiguous"):
             make()
     for wide in (np.zeros((3, 6), np.float32), np.zeros((3, 3), np.float32)):
         with pytest.raises(ValueError, match="turns pairs of heads"):
-            rope.rope(heads, wide, heads)
+            row_arguments.rope(heads, wide, heads)
     for name, second in (("add", None), ("scale", y)):
         with pytest.raises(ValueError, match="operand"):
-            elementwise.elementwise(name, x, second, y)
+            row_arguments.elementwise(name, x, second, y)
     y.flags.writeable = False
-    for make in (lambda: copy.copy(x, y), lambda: norm.rms_norm(x, x[0], y, eps=1.0)):
-        with pytest.raises(ValueError, match="read-only"):
-            make()
-    for unknown in (lambda: rope.rope_entry("quarters"), lambda: elementwise.elementwise_entry("relu")):
+    with pytest.raises(ValueError, match="read-only"):
+        row_arguments.rms_norm(x, x[0], y, eps=1.0)
+    for unknown in (
+        lambda: entries.entry("rope.rope", "quarters"),
+        lambda: entries.entry("elementwise.elementwise", "relu"),
+    ):
         with pytest.raises(KeyError):
             unknown()
 
@@ -394,6 +397,6 @@ def test_where_the_golden_ops_round_so_do_these(call: Run) -> None:
     ops, heads = RowOps(call), x.reshape(5, 2, 40)
     assert ops.elementwise("add", x, y).tobytes() == golden.add(x, y).tobytes()
     assert ops.elementwise("scale", x, factor=0.3).tobytes() == golden.scale(x, factor=0.3).tobytes()
-    for pairing in rope.PAIRINGS:
+    for pairing in row_arguments.PAIRINGS:
         expected = golden.rope(heads, table, pairing=pairing)
         assert ops.rope(heads, table, pairing=pairing).tobytes() == expected.tobytes()

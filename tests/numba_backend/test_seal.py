@@ -27,10 +27,11 @@ from refengine.errors import UnsupportedError
 from refengine.ops import LayerCache, SealedLayerCache
 from refengine.ops.scratch import Scratch
 from refengine.quantizer import SEALED_KEYS, SEALED_VALUES
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, bytes_at, floats_at
-from refengine_numba.seal import kv_seal_arguments, kv_seal_entry
-from refengine_numba.unseal import FORMS, BlockSizes, open_rows
+from refengine_numba import entries
+from refengine_numba.kernels.compilation import entry
+from refengine_numba.kernels.entry import SIGNATURE, bytes_at, floats_at
+from refengine_numba.kernels.unseal import FORMS, BlockSizes, open_rows
+from refengine_numba.kv_arguments import kv_seal_arguments
 
 Run = Callable[..., None]
 Shape = tuple[int, int, int]
@@ -114,7 +115,11 @@ def seal(
     cache: SealedLayerCache, exact: LayerCache, places: tuple[np.ndarray, ...], call: Run, team: int = 1
 ) -> None:
     names = [form.name for form in cache.formats]
-    call(kv_seal_entry(*names, exact.keys.dtype.name), kv_seal_arguments(cache, exact, *places), team)
+    call(
+        entries.entry("seal.kv_seal", *names, exact.keys.dtype.name),
+        kv_seal_arguments(cache, exact, *places),
+        team,
+    )
 
 
 def step(*sequences: tuple[list[int], list[int], int, int]) -> tuple[np.ndarray, ...]:
@@ -257,7 +262,7 @@ def test_every_head_is_sealed_by_one_thread(call: Run, names: tuple[str, str]) -
     forms = SEALED_KEYS[names[0]], SEALED_VALUES[names[1]]
     exact = LayerCache(*numbers(np.random.default_rng(0), "float32", 2, 3, 4, 72).reshape(2, 3, *shape))
     places = step(([4, 1], [0, 2], 8, 8), ([0, 5], [1, 1], 1, 8))
-    compiled = kv_seal_entry(*names, "float32")
+    compiled = entries.entry("seal.kv_seal", *names, "float32")
     for team in (1, 2, 5):
         times = [np.zeros((6, form.nbytes(*shape)), int) for form in forms]
         for thread in range(team):
@@ -267,7 +272,7 @@ def test_every_head_is_sealed_by_one_thread(call: Run, names: tuple[str, str]) -
             ]
             for filled in caches:
                 words = kv_seal_arguments(filled, exact, *places).words
-                compiled.ctypes(thread, team, words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+                compiled.function(thread, team, words.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
             for count, *stored in zip(times, *(filled[:2] for filled in caches), strict=True):
                 count += stored[0] == stored[1]
         for count in times:
@@ -318,7 +323,7 @@ def test_smaller_steps_write_over_the_sizes_they_name(call: Run) -> None:
     for at, symbol in arguments.symbols.items():
         arguments.words[at] = 2
         assert symbol in {"S", "M0", "M1"}
-    call(kv_seal_entry("int8", "int4", "float32"), arguments, 2)
+    call(entries.entry("seal.kv_seal", "int8", "int4", "float32"), arguments, 2)
     assert sealed_bytes(cache) == sealed_bytes(golden)
 
 
@@ -399,4 +404,4 @@ def test_pools_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="read-only"):
         kv_seal_arguments(cache, exact, *places)
     with pytest.raises(KeyError):
-        kv_seal_entry("int8", "int2", "float32")
+        entries.entry("seal.kv_seal", "int8", "int2", "float32")

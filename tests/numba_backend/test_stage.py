@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine_numba.arguments import Arguments
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, words_at
-from refengine_numba.share import share
+from refengine_numba.kernels.compilation import entry
+from refengine_numba.kernels.entry import SIGNATURE, words_at
+from refengine_numba.kernels.share import share
 from refengine_numba.stage import Span, Stage, barriers
 from refengine_numba.stage_table import StageTable
 from refengine_numba.team import Team

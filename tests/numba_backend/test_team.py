@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from refengine.errors import UnsupportedError
-from refengine_numba.compilation import entry
-from refengine_numba.entry import SIGNATURE, words_at
+from refengine_numba.kernels.compilation import entry
+from refengine_numba.kernels.entry import SIGNATURE, words_at
 from refengine_numba.team import VARIABLE, Team, thread_count
 
 

@@ -1,0 +1,175 @@
+"""Compiled code is kept, found again, dropped when any module changes, and checked where asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from refengine_numba import machine_code
+from refengine_numba.layout import LAYOUTS
+
+START = """
+import sys
+from refengine_numba.entries import entry
+kernel = entry("activations.quantize")
+print("numba" in sys.modules, kernel.address != 0)
+"""
+
+
+RUN = """
+import sys
+from refengine_conformance.tiny_model import tiny_model
+from refengine import Engine, EngineConfig, Request, SamplingParams
+from refengine.backend import load
+engine = Engine(tiny_model("llama"), load("numba"), EngineConfig())
+engine.submit(Request((1, 2, 3), SamplingParams(max_tokens=8, temperature=0.0)))
+while engine.has_work:
+    print([output.sampled for output in engine.step()])
+print("|", "numba" in sys.modules)
+"""
+
+
+EVERY = """
+import sys
+from refengine_numba import isa
+from refengine_numba.__main__ import kernels
+from refengine_numba.entries import entry
+for kernel in kernels(isa.choose()):
+    entry(*kernel)
+print("numba" in sys.modules)
+"""
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """It loads what the first one left, without Numba."""
+    first, second = (python(START, **{machine_code.VARIABLE: str(tmp_path)}) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert (first.stdout, second.stdout) == ("True True\n", "False True\n")
+    assert "compiling kernels" in first.stderr
+    assert second.stderr == ""
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "header": lambda whole: machine_code.HEADER,
+    "another": lambda whole: b"\x7fELF" + whole,
+    "cut": lambda whole: whole[:-1],
+    "bit": lambda whole: whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_compiled_anew(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Cut short, changed in one bit, or something else altogether: code that was not kept does not run."""
+    kept = {machine_code.VARIABLE: str(tmp_path)}
+    python(START, **kept)
+    (file,) = tmp_path.glob("*/activations.quantize.o")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    again, third = python(START, **kept), python(START, **kept)
+    assert (again.returncode, again.stdout) == (0, "True True\n"), again.stderr
+    assert third.stdout == "False True\n"
+
+
+def test_a_whole_run_does_without_numba(tmp_path: Path) -> None:
+    """Tokens of a second process are those of the first, and nothing in it was compiled."""
+    first, second = (python(RUN, **{machine_code.VARIABLE: str(tmp_path)}) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    (tokens, compiled), (again, compiled_again) = (done.stdout.split("|") for done in (first, second))
+    assert tokens == again
+    assert (compiled.strip(), compiled_again.strip()) == ("True", "False")
+
+
+def test_an_empty_name_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``REFENGINE_NUMBA_CACHE=`` compiles anew in every process."""
+    machine_code.folder.cache_clear()
+    monkeypatch.setenv(machine_code.VARIABLE, "")
+    assert machine_code.folder() is None
+    machine_code.folder.cache_clear()
+
+
+def test_a_folder_that_cannot_be_made_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only home is no error, and code does not land anywhere else."""
+    (tmp_path / "file").touch()
+    machine_code.folder.cache_clear()
+    monkeypatch.setenv(machine_code.VARIABLE, str(tmp_path / "file" / "folder"))
+    assert machine_code.folder() is None
+    machine_code.folder.cache_clear()
+
+
+def test_the_folder_is_named_by_the_modules_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change in any module, inlined ones included, is another folder."""
+    names = set()
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (tmp_path / "machine_code.py").write_text(text)
+        monkeypatch.setattr(machine_code, "__file__", str(tmp_path / "machine_code.py"))
+        monkeypatch.setenv(machine_code.VARIABLE, str(tmp_path / "kept"))
+        machine_code.folder.cache_clear()
+        names.add(machine_code.folder())
+    machine_code.folder.cache_clear()
+    assert len(names) == 2
+
+
+CHECKED = """
+import sys
+import numpy as np
+sys.path.insert(0, {folder!r})
+from conftest import run, stored_matrix
+from refengine_numba import entries, isa
+from refengine_numba.layout import LAYOUTS
+from refengine_numba.matrix import TiledMatrix, quantization
+from refengine_numba.records import record_bytes
+from refengine_numba.repack import pack
+lie = sys.argv[1:] == ["lie"]
+for name in ["q4_0"] if lie else LAYOUTS:
+    rows, columns = 17, 256 if LAYOUTS[name].bits else 37
+    matrix = TiledMatrix(name, rows, columns, pack(name, stored_matrix(name, rows, columns)))
+    x = np.ones((5, columns), np.float32)
+    y = np.zeros((5, rows), np.float32)
+    arguments = matrix.product(x, y)
+    if lie:
+        arguments.words[1] -= 1  # one byte fewer than the kernel reads
+    run(entries.entry("products.float32", name), arguments, 2)
+    ids = np.array([16, 3], np.int32)
+    run(entries.entry("rows.look_up", name), matrix.look_up(ids, np.zeros((2, columns), np.float32)), 2)
+    if LAYOUTS[name].bits and not lie:
+        records = np.zeros(record_bytes(5, columns), np.uint8)
+        run(entries.entry("activations.quantize"), quantization(x, records), 2)
+        for path in isa.available(isa.processor_features())[:: 1 if name in ("q8_0", "q6_k") else 9]:
+            run(entries.entry("products.mixed8", name, path), matrix.product(records, y), 2)
+print("done")
+"""
+
+
+def test_no_kernel_leaves_its_arrays() -> None:
+    """Compiled with bounds checking, every encoding's kernels find every access inside."""
+    code = CHECKED.format(folder=str(Path(__file__).parent))
+    done = python(code, NUMBA_BOUNDSCHECK="1")
+    assert (done.returncode, done.stdout, "Error" in done.stderr) == (0, "done\n", False), done.stderr
+    assert len(LAYOUTS) == 11
+
+
+def test_bounds_checking_would_tell() -> None:
+    """Told of one byte fewer than there are, a kernel stops and says so."""
+    code = CHECKED.format(folder=str(Path(__file__).parent)).replace('sys.argv[1:] == ["lie"]', "True")
+    done = python(code, NUMBA_BOUNDSCHECK="1")
+    assert "IndexError: a vector reaches outside of its array" in done.stderr
+
+
+def test_every_kernel_runs_without_numba() -> None:
+    """None of them can raise an exception, which only Numba could make."""
+    compile_all = [sys.executable, "-m", "refengine_numba"]
+    assert subprocess.run(compile_all, check=False, capture_output=True).returncode == 0
+    done = python(EVERY)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
