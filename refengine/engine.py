@@ -6,13 +6,13 @@ from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from refengine import scheduler
 from refengine.backend import Backend
 from refengine.config import EngineConfig
-from refengine.engine_journal import EngineJournal
 from refengine.engine_plan import plan_engine
 from refengine.errors import (
     ContextLengthError,
@@ -35,6 +35,9 @@ from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, check_finite, sample
 from refengine.sequence import Sequence
 from refengine.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from refengine.engine_journal import EngineJournal
 
 HOST_OPERATIONS = 50e9
 """Operations per second at which a token is taken to be computed again, where swapping is weighed against it.

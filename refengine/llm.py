@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refengine import loader
 from refengine.config import EngineConfig
 from refengine.engine import Engine
-from refengine.engine_journal import EngineJournal
 from refengine.engine_plan import choose_backend
 from refengine.errors import ContextLengthError, RefengineError, RequestError
 from refengine.memory import FlightRecorder
@@ -19,7 +19,10 @@ from refengine.models import Model, build
 from refengine.ops import FloatArray
 from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, SamplingParams
-from refengine.tokenizer import ChatTemplate, Tokenizer, build_tokenizer, chat_prompts
+from refengine.tokenizer import ChatTemplate, Renderer, Tokenizer, build_tokenizer, chat_prompts
+
+if TYPE_CHECKING:
+    from refengine.engine_journal import EngineJournal
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -53,6 +56,7 @@ def load(
     progress: loader.Progress | None = None,
     on_limit: Callable[[FlightRecorder, str], None] | None = None,
     journal: EngineJournal | None = None,
+    chat: bool = False,
 ) -> LLM:
     """Load a model.
 
@@ -64,6 +68,8 @@ def load(
         progress: told of a download's progress.
         on_limit: called with the engine's flight recorder and the reason when a limit of memory is hit.
         journal: where the engine writes down what it does; ``None`` for nowhere.
+        chat: whether a conversation follows at once: the process that renders its prompt then starts beside
+            the engine, where the model has a chat template.
 
     Raises:
         ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError, MemoryLimitError: see
@@ -78,16 +84,24 @@ def load(
             "tokenizer.ggml.tokens", f"has {tokens} entries, but the embedding has {rows} rows"
         )
     trim_heap()
-    chosen = choose_backend(backend, model, config or EngineConfig())
-    engine = Engine(model, chosen, config, tokenizer, on_limit=on_limit, journal=journal)
-    return LLM(model, tokenizer, engine)
+    with ExitStack() as undone:
+        renderer = Renderer() if chat and tokenizer.chat_template is not None else None
+        if renderer is not None:
+            undone.callback(renderer.close)
+        chosen = choose_backend(backend, model, config or EngineConfig())
+        engine = Engine(model, chosen, config, tokenizer, on_limit=on_limit, journal=journal)
+        undone.pop_all()
+    return LLM(model, tokenizer, engine, renderer)
 
 
 class LLM:
-    """A model with its tokenizer and an engine."""
+    """A model with its tokenizer and an engine; ``renderer`` renders the first conversations."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, engine: Engine, renderer: Renderer | None = None
+    ) -> None:
         self.model, self.tokenizer, self.engine = model, tokenizer, engine
+        self._renderer = renderer
         self._outputs: dict[int, deque[Output]] = {}
 
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (),
@@ -166,7 +180,12 @@ class LLM:
         if tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: give it text to continue instead")
         template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-        return chat_prompts(tokenizer, template, conversations)
+        renderer, self._renderer = self._renderer, None
+        try:
+            return chat_prompts(tokenizer, template, conversations, renderer)
+        finally:
+            if renderer is not None:
+                renderer.close()
 
     def logits(self, prompt: Prompt, *, first: int = 0) -> FloatArray:
         """Logits ``[tokens - first, vocabulary]`` after each token of a prompt from ``first`` on."""

@@ -85,6 +85,21 @@ def test_only_kernels_need_numba() -> None:
     assert any("numba" in path.read_text() for path in here.glob("kernels/*.py"))
 
 
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [
+        ("llm", ("simulation", "engine_journal", "tokenizer.chat_template_worker")),
+        ("tokenizer.chat_template_worker", ("errors", "tokenizer.tokenizer", "tokenizer.chat_template")),
+    ],
+)
+def test_a_start_imports_nothing_it_does_not_use(module: str, unused: tuple[str, ...]) -> None:
+    """A model is loaded without what writes journals, a chat template rendered without the tokenizers."""
+    names = {f"refengine.{name}" for name in unused}
+    code = f"import sys, refengine.{module}; sys.exit(', '.join({names} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_public_names() -> None:
     """What ``refengine`` promises, and nothing by accident."""
     assert sorted(refengine.__all__) == [

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from cli.alphabet_model import write_model
 
 import refengine
 from refengine import LLM
-from refengine.errors import ContextLengthError, FormatError, RequestError
+from refengine.errors import BackendError, ContextLengthError, FormatError, RequestError
 from refengine.loader import Checkpoint
 from refengine.models import Model
 
@@ -49,6 +50,25 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     stopped = llm.generate(PROMPT, max_tokens=8, stop=[stop])
     assert stopped.text == whole[: whole.index(stop)]
     assert stopped.finish_reason == "stop"
+
+
+def test_a_chat_that_was_announced_gets_the_same_prompts(smollm2_path: Path, llm: LLM) -> None:
+    """The process that was started ahead renders the first conversation, and is gone then."""
+    before = psutil.Process().children()
+    announced = refengine.load(str(smollm2_path), backend="numpy", chat=True)
+    (renderer,) = (child for child in psutil.Process().children() if child not in before)
+    for text in ("Say hi.", "<|im_end|>"):
+        messages = [{"role": "user", "content": text}]
+        assert announced.chat_prompt(messages) == llm.chat_prompt(messages)
+        assert not renderer.is_running()
+
+
+def test_a_load_that_fails_leaves_no_process(smollm2_path: Path) -> None:
+    """What was started for a conversation ends with the error."""
+    before = psutil.Process().children()
+    with pytest.raises(BackendError):
+        refengine.load(str(smollm2_path), backend="nonsense", chat=True)
+    assert psutil.Process().children() == before
 
 
 def test_a_chat_ends_by_itself(llm: LLM) -> None:

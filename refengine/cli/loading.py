@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -39,22 +42,54 @@ class EngineOptions:
         """The same with other fields of the config."""
         return replace(self, config=replace(self.config, **changes))
 
-    def load(self, model: str) -> tuple[LLM, float]:
+    def load(self, model: str, *, chat: bool = False) -> tuple[LLM, float]:
         """Load a model; also tells how many seconds that took, a download before it not counted.
+
+        Args:
+            model: its name, path or id.
+            chat: whether a conversation follows at once; see ``refengine.load``.
 
         Raises:
             ModelNotFoundError, DownloadError, FormatError, UnsupportedError, BackendError, MemoryLimitError:
                 see ``refengine.load``.
         """
-        from refengine.llm import load
-
         check_precision(self.config)
         path = fetch(model, offline=self.offline)
-        started = perf_counter()
-        on_limit = self.flight.write if self.flight else None
-        journal = self.journal.open(model) if self.journal else None
-        llm = load(str(path), backend=self.backend, config=self.config, on_limit=on_limit, journal=journal)
-        return llm, perf_counter() - started
+        with collector_at_rest():
+            from refengine.llm import load
+
+            started = perf_counter()
+            on_limit = self.flight.write if self.flight else None
+            journal = self.journal.open(model) if self.journal else None
+            llm = load(
+                str(path),
+                backend=self.backend,
+                config=self.config,
+                on_limit=on_limit,
+                journal=journal,
+                chat=chat,
+            )
+            return llm, perf_counter() - started
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Nobody looks for reference cycles inside the block.
+
+    To load a model makes hundreds of thousands of objects that stay, and some hundred that do not: to visit
+    all of them over and over took a tenth of a start. Afterwards they are the collector's, as those it has
+    visited several times.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # straight to the oldest generation
+        gc.enable()
 
 
 def check_precision(config: EngineConfig) -> None:

@@ -98,7 +98,7 @@ def run(
         return
     sampling = replace(generation.sampling, logprobs=0 if as_json and logprobs is None else logprobs)
     generation = replace(generation, sampling=sampling, samples=samples)
-    llm, load_s = engine.adjusted(max_sequences=samples).load(model)
+    llm, load_s = engine.adjusted(max_sequences=samples).load(model, chat=not raw)
     prompt_ids = _prompt_ids(llm, text, system, raw)
     answers = [Answer(prompt_ids) for _ in range(samples)]
     watch = MemoryWatch(llm) if memory_report else None

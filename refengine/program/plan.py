@@ -167,7 +167,12 @@ def _place(buffers: list[_Buffer]) -> tuple[dict[int, int], int]:
         lambda b: (b.first - b.last, -b.nbytes),
         lambda b: (-max(living[at] for at in range(b.first, b.last + 1)), b.first - b.last, -b.nbytes),
     )
-    return min((_placed(sorted(buffers, key=order)) for order in orders), key=lambda found: found[1])
+    found: list[tuple[dict[int, int], int]] = []
+    for order in orders:
+        found.append(_placed(sorted(buffers, key=order)))
+        if found[-1][1] == max(living.values(), default=0):  # all that lives at once: none is smaller
+            break
+    return min(found, key=lambda placed: placed[1])
 
 
 def _placed(buffers: list[_Buffer]) -> tuple[dict[int, int], int]:

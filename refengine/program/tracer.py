@@ -12,6 +12,9 @@ from refengine.ops import OPS, Op, Shape
 from refengine.program.ir import Instruction, Kind, Program, Value
 from refengine.program.step_batch import StepInputs
 
+LAYER = re.compile(r"layers\.(\d+)\.")
+"""What the name of a layer's value begins with."""
+
 
 class Tracer:
     """A namespace with the names of ``refengine.ops``, whose calls are recorded instead of computed.
@@ -47,7 +50,7 @@ class Tracer:
         shape = op.signature.infer(op.name, shapes, attributes)
         result = self._defined_as(op.name, "result", shape, op.dtype)
         for value in operands:
-            if value is not None and (found := re.match(r"layers\.(\d+)\.", value.name)):
+            if value is not None and (found := LAYER.match(value.name)):
                 self._layer = int(found[1])
         self._instructions.append(Instruction(op, tuple(operands), dict(attributes), result, self._layer))
         return result

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from refengine.errors import RefengineError, RequestError, TemplateError
-from refengine.tokenizer.chat_template import ChatTemplate, check_messages
+from refengine.tokenizer.chat_template import ChatTemplate, Renderer, check_messages
 from refengine.tokenizer.special_tokens import SpecialTokens
 from refengine.tokenizer.tokenizer import Tokenizer
 
@@ -25,12 +25,16 @@ PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def chat_prompts(
-    tokenizer: Tokenizer, template: ChatTemplate, conversations: Sequence[Sequence[Mapping[str, Any]]]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    renderer: Renderer | None = None,
 ) -> list[list[int] | RefengineError]:
     """The token ids of conversations, ready for the answer; names of control tokens in messages are text.
 
     An error concerns its conversation alone, and stands in its place: RequestError where the vocabulary
-    cannot express it, TemplateError where the template failed.
+    cannot express it, TemplateError where the template failed. They are rendered by ``renderer``, where there
+    is one already.
 
     Raises:
         RequestError: messages are malformed.
@@ -48,7 +52,8 @@ def chat_prompts(
         except RequestError as error:
             return error
 
-    return [*map(ids, template.render_many([names.broken(messages) for messages in conversations]))]
+    unnamed = [names.broken(messages) for messages in conversations]
+    return [*map(ids, template.render_many(unnamed, renderer))]
 
 
 class _Names:

@@ -35,9 +35,54 @@ RESERVED = frozenset(
 """Names a template may count on, which no request may give a meaning of its own."""
 
 BOOTSTRAP = (
-    "import json, sys; request = json.load(sys.stdin); sys.path[:] = request.pop('path'); "
-    "from refengine.tokenizer.chat_template_worker import main; main(request)"
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from refengine.tokenizer.chat_template_worker import main; main()"
 )
+
+
+class Renderer:
+    """A process that renders one request. It imports what it needs while its owner does something else.
+
+    Raises:
+        TemplateError: it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        # -I: nothing from the working directory or the environment; it is given this process's path.
+        command = [sys.executable, "-I", "-c", BOOTSTRAP, *map(str, sys.path)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise TemplateError(f"the process for the chat template cannot be started: {error}") from error
+
+    def replies(self, request: str, deadline: float) -> list[dict[str, str]]:
+        """What it answers; the process is gone when this returns or raises, Ctrl-C included.
+
+        Raises:
+            TemplateError: it takes longer than ``deadline`` seconds, or breaks off.
+        """
+        try:
+            said, told = self._process.communicate(request.encode(), timeout=deadline)
+        except subprocess.TimeoutExpired:
+            raise TemplateError(f"the chat template took longer than {deadline:g} s") from None
+        finally:
+            self.close()
+        try:
+            replies: list[dict[str, str]] = json.loads(said)
+        except ValueError:
+            last_words = told.decode(errors="replace").strip().rpartition("\n")[2]
+            status = self._process.returncode
+            raise TemplateError(
+                f"the process for the chat template broke off with status {status}: {last_words}"
+            ) from None
+        return replies
+
+    def close(self) -> None:
+        """End the process, whether it was asked or not."""
+        with self._process:
+            self._process.kill()
 
 
 @dataclass(frozen=True)
@@ -47,7 +92,7 @@ class ChatTemplate:
     Attributes:
         source: the template.
         bos_token, eos_token: texts of the tokens that begin and end a text; empty where there is none.
-        deadline: seconds a rendering may take, the start of its process (about 0.1 s) included.
+        deadline: seconds a rendering may take, about 0.1 s for its process included.
         clock: the time that ``strftime_now`` tells.
 
     Raises:
@@ -88,11 +133,13 @@ class ChatTemplate:
         (reply,) = self._replies([self._variables(messages, add_generation_prompt, extra)])
         return _text(reply)
 
-    def render_many(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str | TemplateError]:
+    def render_many(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], renderer: Renderer | None = None
+    ) -> list[str | TemplateError]:
         """What ``render`` gives for each of several conversations, or raises, in about the time of one.
 
-        They share a process. What fails there is rendered again in one of its own, since others may have used
-        up its time or its memory.
+        They share a process: ``renderer``, where there is one already. What fails there is rendered again in
+        one of its own, since others may have used up its time or its memory.
 
         Raises:
             RequestError: a message is malformed.
@@ -100,7 +147,8 @@ class ChatTemplate:
         for messages in conversations:
             check_messages(messages)
         try:
-            replies = self._replies([self._variables(messages, True, {}) for messages in conversations])
+            variables = [self._variables(messages, True, {}) for messages in conversations]
+            replies = self._replies(variables, renderer)
         except TemplateError:
             replies = [{} for _ in conversations]
         return [
@@ -127,10 +175,11 @@ class ChatTemplate:
             "documents": None,
         }
 
-    def _replies(self, variables: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
+    def _replies(
+        self, variables: Sequence[Mapping[str, object]], renderer: Renderer | None = None
+    ) -> list[dict[str, str]]:
         """The worker's replies for several sets of variables."""
         request = {
-            "path": [str(entry) for entry in sys.path],
             "source": self.source,
             "variables": variables,
             "now": self.clock().isoformat(),
@@ -142,7 +191,7 @@ class ChatTemplate:
             document = json.dumps(request)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"a chat template's variables must be JSON values: {error}") from None
-        return _run(document, self.deadline)
+        return (renderer or Renderer()).replies(document, self.deadline)
 
 
 def check_messages(messages: object) -> None:
@@ -176,23 +225,3 @@ def _text(reply: Mapping[str, str]) -> str:
     if "error" in reply:
         raise TemplateError(f"the chat template failed: {reply['error']}")
     return reply["text"]
-
-
-def _run(request: str, deadline: float) -> list[dict[str, str]]:
-    """Renders in a process of its own, which is gone when this returns or raises, Ctrl-C included."""
-    try:
-        # -I: nothing from the working directory or the environment; the request brings this process's path.
-        command = [sys.executable, "-I", "-c", BOOTSTRAP]
-        worker = subprocess.run(command, input=request.encode(), capture_output=True, timeout=deadline)
-    except subprocess.TimeoutExpired:
-        raise TemplateError(f"the chat template took longer than {deadline:g} s") from None
-    except OSError as error:
-        raise TemplateError(f"the process for the chat template cannot be started: {error}") from error
-    try:
-        replies: list[dict[str, str]] = json.loads(worker.stdout)
-    except ValueError:
-        last_words = worker.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise TemplateError(
-            f"the process for the chat template broke off with status {worker.returncode}: {last_words}"
-        ) from None
-    return replies

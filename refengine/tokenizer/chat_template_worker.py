@@ -15,8 +15,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-def main(request: dict[str, Any]) -> None:
-    """Writes a list to standard output: ``{"text": ...}`` or ``{"error": ...}`` for each of "variables"."""
+def main() -> None:
+    """Reads a request, and writes a list: ``{"text": ...}`` or ``{"error": ...}`` for each of "variables"."""
+    request = json.load(sys.stdin)
     codecs.lookup("unicode-escape")  # as jinja2.debug above: loaded now, since no file can be opened later
     limit_process(request["address_space_bytes"], request["seconds"])
     sys.stdout.write(f"[{','.join(reply(request, variables) for variables in request['variables'])}]")

@@ -6,7 +6,6 @@ for what holds where a key is absent.
 
 from __future__ import annotations
 
-import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from refengine.errors import FormatError, UnsupportedError
 from refengine.tokenizer.pre_tokenizers import PreTokenizer, pre_tokenizer
 
 T = TypeVar("T")
+
+MERGES = "tokenizer.ggml.merges"
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 """How SentencePiece writes the token of one byte."""
@@ -83,7 +86,8 @@ class TokenizerData:
         types: [n], the `TokenType` of each token.
         text_ids: text -> id of the tokens that ordinary text can become: the normal and user-defined ones.
         scores: [n], finite, the higher the earlier merged; empty for ``gpt2``.
-        merges: pairs of tokens whose concatenation is a token, earliest first; empty for ``llama``.
+        merges: pairs of tokens whose concatenation is a token, earliest first; empty for ``llama``. Whether
+            they are that is for `check_merges` to tell.
         pre_tokenizer: how text is split first; ``None`` for ``llama``.
         bos_id, eos_id: the tokens that begin and end a text, or ``None``.
         end_ids: the tokens after which a model has nothing more to say.
@@ -130,7 +134,6 @@ def read_tokenizer_data(metadata: Metadata) -> TokenizerData:
     pre = None if sentencepiece else _pre_tokenizer(metadata)
     tokens, ids = _tokens(metadata)
     types = _types(metadata, tokens)
-    text_ids = _text_ids(tokens, ids, types)
     special = {role: _special_id(metadata, role, len(tokens)) for role in SPECIAL_IDS}
     if sentencepiece:  # its own numbering
         for role, id in (("bos", 1), ("eos", 2)):
@@ -147,17 +150,19 @@ def read_tokenizer_data(metadata: Metadata) -> TokenizerData:
             )
         return add
 
+    end_ids = _end_ids(special, ids, types)
+    text_ids = _text_ids(tokens, ids, types)
     return TokenizerData(
         model=model,
         tokens=metadata.strings("tokenizer.ggml.tokens"),  # in the file: no Python strings are kept
         types=types,
         text_ids=text_ids,
         scores=_scores(metadata, len(tokens)) if sentencepiece else (),
-        merges=() if sentencepiece else _merges(metadata, tokens, text_ids),
+        merges=() if sentencepiece else _merges(metadata),
         pre_tokenizer=pre,
         bos_id=special["bos"],
         eos_id=special["eos"],
-        end_ids=_end_ids(special, ids, types),
+        end_ids=end_ids,
         add_bos=adds("bos", pre.add_bos if pre else True),
         add_eos=adds("eos", False),
         add_space_prefix=sentencepiece and metadata.boolean("tokenizer.ggml.add_space_prefix", True),
@@ -196,18 +201,19 @@ def _types(metadata: Metadata, tokens: Sequence[str]) -> bytes:
         return bytes([TokenType.NORMAL]) * len(tokens)
     if stored.dtype.kind not in "iu":
         raise metadata.error(key, f"must be an array of integers, but is one of {stored.dtype.name}")
-    types: list[int] = stored.tolist()
-    if len(types) != len(tokens):
-        raise metadata.error(key, f"has {len(types)} entries for {len(tokens)} tokens")
-    if unknown := set(types) - set(TokenType):
-        id = min(map(types.index, unknown))
-        raise metadata.error(key, f"gives token {id} the unknown type {types[id]}")
-    for id in _positions(bytes(types), TokenType.BYTE):
+    if len(stored) != len(tokens):
+        raise metadata.error(key, f"has {len(stored)} entries for {len(tokens)} tokens")
+    unknown = (stored < min(TokenType)) | (stored > max(TokenType))
+    if unknown.any():
+        id = int(unknown.argmax())
+        raise metadata.error(key, f"gives token {id} the unknown type {stored[id]}")
+    types: bytes = stored.astype("u1").tobytes()
+    for id in _positions(types, TokenType.BYTE):
         if not BYTE_TOKEN.fullmatch(tokens[id]):
             raise metadata.error(
                 key, f"calls token {id} a byte, but it is {tokens[id]!r}, not '<0x00>' to '<0xFF>'"
             )
-    return bytes(types)
+    return types
 
 
 def _positions(types: bytes, type: TokenType) -> Iterator[int]:
@@ -217,13 +223,13 @@ def _positions(types: bytes, type: TokenType) -> Iterator[int]:
         at = types.find(type, at + 1)
 
 
-def _text_ids(tokens: Sequence[str], ids: Mapping[str, int], types: bytes) -> dict[str, int]:
-    text_ids = dict(ids)
-    text_ids.pop("", None)
+def _text_ids(tokens: Sequence[str], ids: dict[str, int], types: bytes) -> dict[str, int]:
+    """``ids`` itself, without the tokens that no ordinary text becomes: a copy of it would be large."""
+    ids.pop("", None)
     for type in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED, TokenType.BYTE):
         for id in _positions(types, type):
-            text_ids.pop(tokens[id], None)
-    return text_ids
+            ids.pop(tokens[id], None)
+    return ids
 
 
 def _scores(metadata: Metadata, n_tokens: int) -> Sequence[float]:
@@ -231,28 +237,35 @@ def _scores(metadata: Metadata, n_tokens: int) -> Sequence[float]:
     stored = metadata.array(key)
     if stored.dtype.kind not in "fi":
         raise metadata.error(key, f"must be an array of floats, but is one of {stored.dtype.name}")
-    scores = array("f", stored.tolist())
-    if len(scores) != n_tokens:
-        raise metadata.error(key, f"has {len(scores)} entries for {n_tokens} tokens")
-    if not all(map(math.isfinite, scores)):
+    if len(stored) != n_tokens:
+        raise metadata.error(key, f"has {len(stored)} entries for {n_tokens} tokens")
+    with np.errstate(over="ignore"):
+        scores = stored.astype("f")
+    if not np.isfinite(scores).all():
         raise metadata.error(key, "has entries that are infinite or not numbers")
-    return scores
+    return array("f", scores.tobytes())
 
 
-def _merges(metadata: Metadata, tokens: Sequence[str], ids: Mapping[str, int]) -> Sequence[tuple[str, str]]:
-    """Pairs of the tokens themselves: texts of their own would take more memory than all the rest."""
-    key = "tokenizer.ggml.merges"
-    pairs = dict[tuple[str, str], None]()  # of two equal merges, the first counts
-    for index, merge in enumerate(metadata.strings(key)):
+def _merges(metadata: Metadata) -> list[tuple[str, str]]:
+    merges = dict.fromkeys(metadata.strings(MERGES))  # of two equal ones, the first counts
+    return [merge.partition(" ")[::2] for merge in merges]
+
+
+def check_merges(metadata: Metadata, data: TokenizerData) -> None:
+    """Names the first merge that is none.
+
+    Raises:
+        FormatError: a merge is not two tokens, or their union is not a token.
+    """
+    ids = data.text_ids
+    for index, merge in enumerate(metadata.strings(MERGES)):
         first, _, second = merge.partition(" ")
         if first not in ids or second not in ids or first + second not in ids:
             raise metadata.error(
-                key,
+                MERGES,
                 f"has {merge!r} as merge {index}, not two tokens with a space between them whose union is a "
                 "token (all of them normal or user-defined)",
             )
-        pairs[tokens[ids[first]], tokens[ids[second]]] = None
-    return list(pairs)
 
 
 def _special_id(metadata: Metadata, role: str, n_tokens: int) -> int | None:

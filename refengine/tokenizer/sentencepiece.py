@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+
 from refengine.errors import RequestError
 from refengine.tokenizer.data import TokenizerData, TokenType
 
@@ -101,5 +103,6 @@ def _boundary(ids: Mapping[str, int]) -> re.Pattern[str]:
     Merging between these places gives the same tokens as merging the whole, and is several times faster.
     """
     # The zero bytes between tokens can only count too many predecessors, which is safe.
-    reaching = "".join(set(re.findall(f"(.)(?={SPACE})", "\0".join(ids), re.DOTALL)))
+    codes = np.frombuffer("\0".join(ids).encode("utf-32-le"), "<u4")
+    reaching = "".join(map(chr, np.unique(codes[:-1][codes[1:] == ord(SPACE)])))
     return re.compile(f"(?<![{re.escape(reaching)}])(?={SPACE})" if reaching else f"(?={SPACE})")

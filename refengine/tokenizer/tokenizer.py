@@ -7,7 +7,7 @@ from typing import Protocol
 
 from refengine.errors import RequestError, TokenIdError
 from refengine.tokenizer.byte_level import ByteLevelBPE
-from refengine.tokenizer.data import Metadata, TokenizerData, TokenType, read_tokenizer_data
+from refengine.tokenizer.data import Metadata, TokenizerData, TokenType, check_merges, read_tokenizer_data
 from refengine.tokenizer.sentencepiece import SentencePiece
 from refengine.tokenizer.special_tokens import SpecialTokens
 from refengine.tokenizer.stream import StreamDecoder
@@ -23,7 +23,13 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
         FormatError: the metadata is incomplete or contradicts itself; the text names the key.
         UnsupportedError: the tokenizer's model or its pre-tokenizer is not implemented.
     """
-    return Tokenizer(read_tokenizer_data(metadata))
+    data = read_tokenizer_data(metadata)
+    try:
+        return Tokenizer(data)
+    except Exception:  # tokenizers looks every merge up anyway, so that merges are not checked before
+        if data.merges:
+            check_merges(metadata, data)
+        raise
 
 
 class TextModel(Protocol):

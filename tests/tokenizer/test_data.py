@@ -80,6 +80,25 @@ def test_byte_level_faults_are_named(
     _check_fault(make_metadata(byte_level | {key: value(byte_level)}), key)
 
 
+def test_the_first_faulty_merge_is_named(make_metadata: MakeMetadata, byte_level: dict[str, Any]) -> None:
+    """Of several merges that are none, the text quotes the first and tells its place, repeated ones counted."""
+    merges = byte_level["merges"]
+    faulty = [*merges, merges[0], "he he", "he", *merges]
+    with pytest.raises(FormatError, match=f"'he he' as merge {len(merges) + 1},"):
+        build_tokenizer(make_metadata(byte_level | {"merges": faulty}))
+
+
+def test_of_two_equal_merges_the_first_counts(
+    make_metadata: MakeMetadata, byte_level: dict[str, Any]
+) -> None:
+    """A merge that comes again later changes nothing."""
+    merges = byte_level["merges"]
+    once = build_tokenizer(make_metadata(byte_level))
+    again = build_tokenizer(make_metadata(byte_level | {"merges": [*merges, *merges[::-1]]}))
+    text = "".join(byte_level["tokens"][256:])
+    assert again.encode(text) == once.encode(text)
+
+
 @pytest.mark.parametrize("fault", SENTENCEPIECE_FAULTS)
 def test_sentencepiece_faults_are_named(
     make_metadata: MakeMetadata, sentencepiece: dict[str, Any], fault: str
