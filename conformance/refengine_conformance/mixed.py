@@ -16,12 +16,12 @@ from refengine_conformance.bits import check_bits
 from refengine_conformance.bounds import check_bound
 from refengine_conformance.naive_mixed import CODED, a8_product, a16_product
 from refengine_conformance.prompts import Prompts
-from refengine_conformance.properties.p03_encodings import LAYOUTS
+from refengine_conformance.properties.p03_encodings import AFFINE, LAYOUTS
 from refengine_conformance.subject import Subject
 from refengine_conformance.tiny_model import tiny_model
 
 HIDDEN = 64
-"""Of models in encodings with blocks of 32; those with K-quants have 256."""
+"""Of models in encodings with blocks of 32; those with larger ones have 256."""
 
 VOCABULARY = 50
 
@@ -32,10 +32,10 @@ PLAIN_MATRICES = ("f32", "f16", "bf16")
 
 
 @cache
-def stored_model(family: str, seed: int, *, wide: bool = False) -> Model:
-    """A random model of two layers, or of one that is ``wide``, whose matrices have all sorts of encodings.
+def stored_model(family: str, seed: int, *, wide: bool = False, encodings: tuple[str, ...] = CODED) -> Model:
+    """A random model of two layers, or of one that is ``wide``, whose matrices have these encodings.
 
-    About one in five is stored as plain numbers. A wide model also has K-quants.
+    About one in five is stored as plain numbers. Only a wide model has blocks of more than 32.
     """
     hidden = 256 if wide else HIDDEN
     tiny = tiny_model(family, layers=1 if wide else 2).spec
@@ -45,7 +45,7 @@ def stored_model(family: str, seed: int, *, wide: bool = False) -> Model:
     )
     spec = replace(tiny, hidden_size=hidden, layers=layers, vocabulary_size=VOCABULARY)
     rng = np.random.default_rng([seed, wide])
-    names = [n for n in CODED if wide or ENCODINGS[n].block_size == 32]
+    names = [n for n in encodings if wide or ENCODINGS[n].block_size == 32]
     weights = {}
     biased = seed % 2 == 1
     for role, shape in expected_shapes(spec).items():
@@ -66,11 +66,14 @@ def stored_model(family: str, seed: int, *, wide: bool = False) -> Model:
 def stored_matrix(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Stored bytes of weights of ordinary size, about 0.1: any integers, with scales of either sign."""
     layout, (rows, columns) = LAYOUTS[name], shape
-    if not layout.scales:
+    if layout.weights == 1:
         numbers = (rng.standard_normal(shape) * 0.1).astype("<f2" if name == "f16" else "<f4")
         return np.ascontiguousarray(numbers[..., None].view(np.uint8)[..., -layout.bytes :]).reshape(rows, -1)
     blocks = rng.integers(0, 256, (rows, columns // layout.weights, layout.bytes), np.uint8)
-    size = 0.1 / {"q8_0": 60, "q4_k": 200, "q5_k": 400, "q6_k": 1000}.get(name, 8)
+    if name == "mxfp4":
+        blocks[..., 0] = rng.integers(120, 125, blocks.shape[:2])
+    large = {"q8_0": 60, "q4_k": 200, "q5_k": 400, "q6_k": 1000} | dict.fromkeys(AFFINE, 100)
+    size = 0.1 / large.get(name, 8)
     for start in layout.scales:
         scales = rng.standard_normal((*blocks.shape[:2], 1)) * size
         blocks[..., start : start + 2] = scales.astype("<f2").view(np.uint8)

@@ -15,10 +15,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine_conformance.properties.p03_encodings import LAYOUTS, six_bits
+from refengine_conformance.properties.p03_encodings import AFFINE, LAYOUTS, six_bits
 
 GROUP = 32
-CODED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+CODED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", *AFFINE)
 """The encodings of which MIX-5 tells."""
 
 Floats = NDArray[np.float32]

@@ -37,8 +37,8 @@ class Property:
         level: what is reached where it holds.
         tier: how much it takes together.
         parts: which parts of a subject it exercises: names of ops, or ``allocator``, ``kv_cache``,
-            ``scheduler``, ``sampler``, ``decoder``, ``loader``, ``backend``, ``memory_plan``. A fault in one
-            of these is looked for here.
+            ``scheduler``, ``sampler``, ``decoder``, ``relayout``, ``loader``, ``backend``, ``memory_plan``. A
+            fault in one of these is looked for here.
         policies: names of the precision policies that it is about: under others it is not held.
     """
 

@@ -37,7 +37,15 @@ from refengine.program import (
     plan_memory,
     symbolic_inputs,
 )
-from refengine.quantizer import SEALED_KEYS, SEALED_VALUES, LazyTensor, decode
+from refengine.quantizer import (
+    SEALED_KEYS,
+    SEALED_VALUES,
+    LazyTensor,
+    StoredRows,
+    decode,
+    from_awq,
+    from_gptq,
+)
 from refengine.rerun import Rerun
 from refengine.sampling import sample
 from refengine.scheduler import Queue, SchedulingPolicy, schedule, scheduling_policy
@@ -108,8 +116,8 @@ class Subject:
         policy: the precision policy.
         fallback: whether golden ops may stand in for what the backend lacks.
         allocator, kv_cache, prefix_cache, kv_format, schedule, scheduling, queue, journal, engine_journal,
-            read_journal, replay, rerun, simulator, sample, decode, parse, tracer, trace, trace_sealed,
-            apply_policy, plan, load: the engine's other parts.
+            read_journal, replay, rerun, simulator, sample, decode, from_gptq, from_awq, parse, tracer, trace,
+            trace_sealed, apply_policy, plan, load: the engine's other parts.
     """
 
     start: Callable[[], Backend]
@@ -130,6 +138,8 @@ class Subject:
     simulator: Callable[..., Simulator] = Simulator
     sample: Callable[..., Any] = sample
     decode: Callable[..., Any] = decode
+    from_gptq: Callable[..., StoredRows] = from_gptq
+    from_awq: Callable[..., StoredRows] = from_awq
     parse: Callable[..., Checkpoint] = parse_gguf
     tracer: Callable[[], Tracer] = Tracer
     trace: Callable[[Model], Program] = attrgetter("program")

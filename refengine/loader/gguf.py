@@ -29,7 +29,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from mmap import ACCESS_READ, mmap
+from mmap import mmap
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +42,7 @@ from refengine.loader.checkpoint import Checkpoint
 from refengine.loader.cursor import Cursor
 from refengine.loader.metadata import Metadata, Value
 from refengine.quantizer.encodings import ENCODINGS
+from refengine.quantizer.mapping import MappedFile
 from refengine.quantizer.tensor import LazyTensor
 
 VERSIONS = (2, 3)
@@ -100,7 +101,7 @@ def read_gguf(path: str | PathLike[str]) -> Checkpoint:
     return parse_gguf(_map(path), path)
 
 
-def _map(path: Path) -> mmap:
+def _map(path: Path) -> MappedFile:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
@@ -108,7 +109,7 @@ def _map(path: Path) -> mmap:
         if status.st_size == 0:
             raise FormatError("the file is empty", path=path, offset=0)
         with path.open("rb") as file:
-            return mmap(file.fileno(), 0, access=ACCESS_READ)
+            return MappedFile.of(file)
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise FormatError(f"the file cannot be read: {reason}", path=path) from error
@@ -257,7 +258,7 @@ def _read_tensor_info(cursor: Cursor, index: int) -> _TensorInfo:
     if encoding_name not in ENCODINGS:
         raise UnsupportedError(
             f"tensor {name!r} of {cursor.path} is stored as {encoding_name}, which is not implemented; "
-            f"implemented are {', '.join(ENCODINGS)}"
+            f"implemented are {', '.join(e for e in ENCODINGS if e in TENSOR_TYPES)}"
         )
     encoding = ENCODINGS[encoding_name]
     shape = tuple(reversed(dimensions)) or (1,)  # to ggml too, no dimensions and one of size 1 are the same

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import FormatError, OutputError
+from refengine.errors import FormatError, OutputError, UnsupportedError
 from refengine.loader.cursor import MAX_LENGTH
 from refengine.loader.gguf import (
     ARRAY,
@@ -55,11 +55,12 @@ class OutgoingTensor:
     Attributes:
         name: its name in the file, 1 to 63 bytes of UTF-8.
         shape: its shape in weights, the slowest axis first; rows, along the last axis, are whole blocks.
-        encoding: a name in :data:`refengine.quantizer.ENCODINGS`.
+        encoding: a name in :data:`refengine.quantizer.ENCODINGS` for which GGUF has a type.
         chunks: its bytes in order, ``nbytes`` in all; asked for only when it is this tensor's turn.
 
     Raises:
         FormatError: GGUF cannot hold such a tensor; the text says why.
+        UnsupportedError: GGUF has no type for the encoding.
     """
 
     name: str
@@ -71,6 +72,11 @@ class OutgoingTensor:
         _text(self.name, f"tensor name {self.name!r}", MAX_NAME_BYTES)
         if self.encoding not in ENCODINGS:
             raise FormatError(f"tensor {self.name!r} has the unknown encoding {self.encoding!r}")
+        if self.encoding not in TENSOR_TYPES:
+            raise UnsupportedError(
+                f"tensor {self.name!r} is stored as {self.encoding}, for which GGUF has no type; "
+                f"write it in one that it has: {', '.join(e for e in ENCODINGS if e in TENSOR_TYPES)}"
+            )
         if not 1 <= len(self.shape) <= MAX_DIMENSIONS or min(self.shape) < 0:
             problem = f"has the shape {list(self.shape)}, not 1 to {MAX_DIMENSIONS} sizes"
             raise FormatError(f"tensor {self.name!r} {problem}")

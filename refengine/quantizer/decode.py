@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.quantizer import classic, encodings, iq4, k_quants, mxfp4, plain
+from refengine.quantizer import affine, classic, encodings, iq4, k_quants, mxfp4, plain
 from refengine.quantizer.encodings import Encoding
 
 CHUNK_WEIGHTS = 65_536
@@ -35,6 +35,12 @@ DECODERS: Mapping[str, Decoder] = MappingProxyType(
         "iq4_nl": iq4.iq4_nl,
         "iq4_xs": iq4.iq4_xs,
         "mxfp4": mxfp4.mxfp4,
+        "int4_g32": affine.int4,
+        "int4_g64": affine.int4,
+        "int4_g128": affine.int4,
+        "int8_g32": affine.int8,
+        "int8_g64": affine.int8,
+        "int8_g128": affine.int8,
     }
 )
 """The golden decoder of every encoding in :data:`refengine.quantizer.ENCODINGS`; immutable."""

@@ -1,12 +1,12 @@
 """The encodings refengine decodes: their names and the sizes of their blocks.
 
-Names are ggml's, in lower case. Source: ggml, ``ggml-common.h`` (the ``block_*`` structures), ``ggml.c``
-(``type_traits``).
+Names are ggml's, in lower case, where it has the encoding; ``int4_g128`` and its kin are refengine's own.
+Source: ggml, ``ggml-common.h`` (the ``block_*`` structures), ``ggml.c`` (``type_traits``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -19,7 +19,7 @@ class Encoding:
     """How weights are stored: in blocks of ``block_size`` weights, each ``block_bytes`` bytes long.
 
     Attributes:
-        name: ggml's name in lower case, such as ``q4_1``.
+        name: ggml's name in lower case, such as ``q4_1``; or one that ggml does not have.
         block_size: weights per block; 1 where every weight stands alone.
         block_bytes: bytes per block.
     """
@@ -61,6 +61,12 @@ ENCODINGS: Mapping[str, Encoding] = MappingProxyType(
             Encoding("iq4_nl", 32, 18),
             Encoding("iq4_xs", 256, 136),
             Encoding("mxfp4", 32, 17),
+            Encoding("int4_g32", 32, 19),
+            Encoding("int4_g64", 64, 35),
+            Encoding("int4_g128", 128, 67),
+            Encoding("int8_g32", 32, 35),
+            Encoding("int8_g64", 64, 67),
+            Encoding("int8_g128", 128, 131),
         )
     }
 )
@@ -75,6 +81,12 @@ def encoding(name: str) -> Encoding:
     """
     if name in ENCODINGS:
         return ENCODINGS[name]
-    near = get_close_matches(name.lower(), ENCODINGS)
+    raise unknown_encoding(name, ENCODINGS)
+
+
+def unknown_encoding(name: str, known: Iterable[str]) -> UnsupportedError:
+    """What to raise where no encoding of those known here has this name; the text lists them."""
+    names = list(known)
+    near = get_close_matches(name.lower(), names)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UnsupportedError(f"unknown encoding {name!r}{hint} (refengine decodes {', '.join(ENCODINGS)})")
+    return UnsupportedError(f"unknown encoding {name!r}{hint} (there are {', '.join(names)})")

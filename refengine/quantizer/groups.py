@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.quantizer import classic, k_quants
+from refengine.quantizer import affine, classic, k_quants
 from refengine.quantizer.decode import CHUNK_WEIGHTS
 from refengine.quantizer.encodings import encoding
 from refengine.quantizer.parts import Parts
@@ -26,6 +26,12 @@ GROUPED: Mapping[str, Callable[[NDArray[np.uint8]], Parts]] = MappingProxyType(
         "q4_k": k_quants.q4_k_parts,
         "q5_k": k_quants.q5_k_parts,
         "q6_k": k_quants.q6_k_parts,
+        "int4_g32": affine.int4_parts,
+        "int4_g64": affine.int4_parts,
+        "int4_g128": affine.int4_parts,
+        "int8_g32": affine.int8_parts,
+        "int8_g64": affine.int8_parts,
+        "int8_g128": affine.int8_parts,
     }
 )
 """The encodings whose weights are integers, with a scale and perhaps an offset per group, each with what
@@ -48,8 +54,10 @@ def read_groups(
 ) -> None:
     """Read N stored rows, uint8 [N, row_bytes], of K weights each: weight = scale · integer + offset.
 
-    In ``q6_k`` an integer is the stored one times the factor of its 16 weights. What a group's integers give
-    with codes from -127 to 127 is a sum of at most 32 · 32 · 128 · 127 < 2²⁴: exact in float32, in any order.
+    In ``q6_k`` an integer is the stored one times the factor of its 16 weights; in the affine encodings it is
+    the stored one less its block's zero point, and a block of 128 weights is four groups with the same scale.
+    What a group's integers give with codes from -127 to 127 is a sum of at most 32 · 32 · 128 · 127 < 2²⁴:
+    exact in float32, in any order.
 
     Args:
         name: of the encoding, one of :data:`GROUPED`.

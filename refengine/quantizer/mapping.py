@@ -1,9 +1,10 @@
-"""The pages of a mapped file beneath an array, given back after use."""
+"""Mapped files, and the pages of one beneath an array, given back after use."""
 
 from __future__ import annotations
 
 import mmap
-from typing import Any
+import os
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,29 @@ WINDOW = 2**21
 (``fault_around_bytes``), and whole pieces of its file cache, aligned too, up to the size of a huge page."""
 
 _RELEASE = getattr(mmap, "MADV_DONTNEED", None)
+
+
+class MappedFile(mmap.mmap):
+    """A file's bytes, read-only, that remember which file they are of.
+
+    Attributes:
+        identity: what tells this file, as it was when it was mapped, from others on this machine: device,
+            inode, bytes, and the time of its last change.
+    """
+
+    identity: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Self:
+        """All of an open file.
+
+        Raises:
+            ValueError: it is empty.
+        """
+        mapped = cls(file.fileno(), 0, access=mmap.ACCESS_READ)
+        status = os.fstat(file.fileno())
+        mapped.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return mapped
 
 
 class Pages:
@@ -32,6 +56,13 @@ class Pages:
             self._map_address = _address(np.frombuffer(self._map, np.uint8))
             self._address, self._size = _address(array), array.nbytes
 
+    @property
+    def place(self) -> tuple[int, ...] | None:
+        """Which file the array is in, as :attr:`MappedFile.identity` says, and at which byte of it."""
+        if not isinstance(self._map, MappedFile):
+            return None
+        return *self._map.identity, self._address - self._map_address
+
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Bytes ``start`` to ``stop`` of the array are not needed for now: their pages leave the process.
 
@@ -48,7 +79,7 @@ class Pages:
             self._map.madvise(_RELEASE, first, last - first)
 
 
-def _mapping(array: Any) -> mmap.mmap | None:
+def _mapping(array: object) -> mmap.mmap | None:
     """The file mapping beneath an array; ``None`` where there is none that can be read again."""
     while array is not None and not isinstance(array, mmap.mmap):
         array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)

@@ -16,13 +16,14 @@ class Parts(NamedTuple):
     Each scale, factor and offset belongs to equally many consecutive weights.
 
     Attributes:
-        integers: int8 [n, block_size], less the encoding's zero.
+        integers: int8 [n, block_size], less the encoding's zero; int16, from -255 to 255, where each block
+            has a zero of its own.
         scales: float32 [n, g].
         offsets: float32 [n, g], ``None`` where the encoding has none.
         factors: int8 [n, f], ``None`` where the encoding has none.
     """
 
-    integers: NDArray[np.int8]
+    integers: NDArray[np.int8] | NDArray[np.int16]
     scales: NDArray[np.float32]
     offsets: NDArray[np.float32] | None = None
     factors: NDArray[np.int8] | None = None

@@ -123,7 +123,7 @@ class RandomWeights:
     """An endless source of weights in one encoding.
 
     Args:
-        encoding: a name in :data:`refengine.quantizer.ENCODINGS`.
+        encoding: a name in ``FORMS`` or ``FLOATS``, or ``mxfp4``.
         deviation: the weights' standard deviation.
         seed: the same seed gives the same weights.
     """

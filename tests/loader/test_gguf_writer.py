@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refengine.errors import FormatError, OutputError
-from refengine.loader.gguf import read_gguf
+from refengine.errors import FormatError, OutputError, UnsupportedError
+from refengine.loader.gguf import TENSOR_TYPES, read_gguf
 from refengine.loader.gguf_writer import OutgoingTensor, WritableValue, gguf_bytes, write_gguf
 from refengine.quantizer.encodings import ENCODINGS
 
@@ -79,7 +79,7 @@ def values(draw: st.DrawFn) -> tuple[WritableValue, tuple[Any, GGUFValueType, GG
 @st.composite
 def tensors(draw: st.DrawFn) -> tuple[str, np.ndarray[Any, Any], list[Any]]:
     """An encoding, random bytes with one to four dimensions, and the same bytes in chunks."""
-    encoding = draw(st.sampled_from(list(ENCODINGS)))
+    encoding = draw(st.sampled_from([name for name in ENCODINGS if name in TENSOR_TYPES]))
     shape = [*draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.integers(0, 3))]
     shape[-1] *= ENCODINGS[encoding].block_bytes
     data = np.random.default_rng(draw(st.integers(0, 2**32))).integers(0, 256, shape, np.uint8)
@@ -217,6 +217,15 @@ def test_tensors_that_gguf_cannot_hold_are_refused(
     """When they are described."""
     with pytest.raises(FormatError, match=told):
         OutgoingTensor(name, shape, encoding, [])
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name not in TENSOR_TYPES])
+def test_encodings_that_gguf_does_not_have_are_refused(encoding: str) -> None:
+    """Those of integer groups, when a tensor is described; with those that it has."""
+    with pytest.raises(
+        UnsupportedError, match=rf"'a' is stored as {encoding}.* no type; .* f32, f16, .*, mxfp4$"
+    ):
+        OutgoingTensor("a", (1, 128), encoding, [])
 
 
 def test_a_tensor_name_occurs_once(tmp_path: Path) -> None:

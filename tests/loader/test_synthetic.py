@@ -23,6 +23,7 @@ from refengine.models import build
 from refengine.quantizer import ENCODINGS
 from refengine.synth import SHAPES, Shape, shape, synthesize
 from refengine.synth.blocks import RandomWeights
+from refengine.synth.mixture import FILE_TYPES
 from refengine.synth.vocabulary import VOCABULARIES, tokenizer_metadata
 from refengine.tokenizer import Tokenizer, build_tokenizer
 
@@ -152,7 +153,7 @@ def test_sizes_can_be_others(what: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [768, 4096, 13824])
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", FILE_TYPES)
 def test_weights_have_the_stated_deviation(encoding: str, columns: int) -> None:
     """As gguf-py decodes them: finite, mean 0, the deviation asked for, and no two rows equal.
 
@@ -203,7 +204,7 @@ def test_q8_0_has_no_integer_that_no_quantizer_writes() -> None:
     assert (integers.min(), integers.max()) == (-64, 63)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", FILE_TYPES)
 def test_pieces_join(encoding: str) -> None:
     """Where a tensor begins in a stream is where the stream goes on, across the ends of both pools."""
     source, block = RandomWeights(encoding, 0.02, seed=3), ENCODINGS[encoding].block_bytes
@@ -247,7 +248,17 @@ def test_tensors_differ_and_norms_are_one(tmp_path: Path) -> None:
 # ---- mixtures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_files_have_every_encoding_of_gguf() -> None:
+    """All that is decoded, but for what GGUF has no type for: that is refused, with what can be chosen."""
+    assert set(FILE_TYPES) == {name for name in ENCODINGS if name.upper() in GGMLQuantizationType.__members__}
+    for encoding in ENCODINGS.keys() - FILE_TYPES.keys():
+        with pytest.raises(UnsupportedError, match=f"no type for {encoding}; choose one of f32, .*mxfp4"):
+            synthesize(TINY["llama"], encoding)
+    with pytest.raises(UnsupportedError, match=r"'int4_g12' \(there are"):
+        synthesize(TINY["llama"], "int4_g12")
+
+
+@pytest.mark.parametrize("encoding", FILE_TYPES)
 def test_every_encoding_makes_a_file(tmp_path: Path, encoding: str) -> None:
     """With the encoding in it, or throughout where that is asked for, read alike by gguf-py."""
     for uniform in (False, True):
@@ -343,7 +354,7 @@ def test_a_vocabulary_covers_every_byte(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "encoding"),
-    [*(("llama", encoding) for encoding in ENCODINGS), *((f, "q8_0") for f in TINY if f != "llama")],
+    [*(("llama", encoding) for encoding in FILE_TYPES), *((f, "q8_0") for f in TINY if f != "llama")],
 )
 def test_a_model_runs(tmp_path: Path, family: str, encoding: str) -> None:
     """Logits are finite and about 1 in size: neither all alike nor saturated; and there is an answer."""

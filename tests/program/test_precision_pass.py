@@ -12,7 +12,9 @@ from refengine.program import POLICIES, Program, Tracer, Value, apply_policy, pl
 from refengine.program.plan import golden_workspace
 from refengine.quantizer import ENCODINGS
 
-CODED = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"}
+CODED = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"} | {
+    f"int{bits}_g{group}" for bits in (4, 8) for group in (32, 64, 128)
+}
 
 
 def products(columns: int = 512) -> Program:
@@ -39,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_products_of_stored_integers_are_coded(encoding: str) -> None:
-    """Those of eight encodings; codes are made once, right before the first product that reads them."""
+    """Those of these encodings; codes are made once, right before the first product that reads them."""
     program = apply_policy(products(), POLICIES["mixed8"], encodings(encoding))
     names = [i.op.name for i in program]
     if encoding in CODED:

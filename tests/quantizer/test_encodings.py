@@ -1,4 +1,4 @@
-"""The table of encodings, against ggml's own table in the gguf package."""
+"""The table of encodings, against ggml's own table in the gguf package; and those that ggml does not have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from refengine.errors import UnsupportedError
 from refengine.quantizer import ENCODINGS, encoding
 from refengine.quantizer.decode import DECODERS
 
+OWN = ["int4_g32", "int4_g64", "int4_g128", "int8_g32", "int8_g64", "int8_g128"]
+"""Encodings that ggml does not have."""
 
-@pytest.mark.parametrize("name", ENCODINGS)
+
+@pytest.mark.parametrize("name", [name for name in ENCODINGS if name not in OWN])
 def test_block_sizes_are_ggmls(name):
-    """Every encoding has ggml's weights per block and bytes per block, and a name that ggml knows."""
+    """Every other encoding has ggml's weights per block and bytes per block, and a name that ggml knows."""
     stored = encoding(name)
     assert stored.name == name
     ggml_type = gguf.GGMLQuantizationType[name.upper()]
     assert (stored.block_size, stored.block_bytes) == gguf.GGML_QUANT_SIZES[ggml_type]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_block_of_integers_is_a_scale_a_zero_point_and_they(name):
+    """Two bytes, one byte, and as many bits for each weight as the name says."""
+    bits, group = map(int, name.removeprefix("int").split("_g"))
+    assert encoding(name).block_size == group
+    assert encoding(name).block_bytes == 2 + 1 + bits * group // 8
+    assert name.upper() not in gguf.GGMLQuantizationType.__members__
 
 
 def test_every_encoding_has_a_decoder():
@@ -33,7 +45,14 @@ def test_the_table_is_immutable():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("q4k", "q4_k"), ("Q4_K", "q4_k"), ("fp16", "f16"), ("iq4xs", "iq4_xs")]
+    ("wrong", "right"),
+    [
+        ("q4k", "q4_k"),
+        ("Q4_K", "q4_k"),
+        ("fp16", "f16"),
+        ("iq4xs", "iq4_xs"),
+        ("gptq-int4-g128", "int4_g128"),
+    ],
 )
 def test_an_unknown_name_lists_near_matches(wrong, right):
     """A misspelt name is answered with the name that was meant."""
@@ -44,7 +63,7 @@ def test_an_unknown_name_lists_near_matches(wrong, right):
 def test_a_name_like_no_other_lists_every_encoding():
     """A name with no near match is answered with all names."""
     with pytest.raises(UnsupportedError) as raised:
-        encoding("gptq-int4-g128")
+        encoding("nonsense")
     assert "did you mean" not in str(raised.value)
     assert all(name in str(raised.value) for name in ENCODINGS)
 

@@ -1,4 +1,4 @@
-"""Every block format, against loops over single weights written from ggml's description of its bytes.
+"""Every block format, against loops over single weights written from the description of its bytes.
 
 These loops are Python integers and float64; ``f32`` marks each rounding to float32. In float64, a product of
 two float32 factors is exact (24 + 24 bits fit in 53), and a sum of two float32 terms, rounded to float64 and
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
+from quantizer.integer_groups import BLOCKS, weight_at
 
 from refengine.quantizer import ENCODINGS, decode
 
@@ -133,7 +135,7 @@ def mxfp4(block, w):
 LOOPS = {
     loop.__name__: loop
     for loop in (q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4)
-}
+} | {name: partial(weight_at, name) for name in BLOCKS}
 
 
 def test_every_block_format_has_a_loop():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from quantizer.integer_groups import BLOCKS
 
 from refengine.quantizer import GROUP, GROUPED, decode, encoding, has_offsets, read_groups
 
 ONE, ZERO = np.array([1, 0], "<f2").view(np.uint8).reshape(2, 2)
-NO_OFFSETS = {"q4_0": 0, "q5_0": 0, "q8_0": 0, "q6_k": 208}
+NO_OFFSETS = {"q4_0": 0, "q5_0": 0, "q8_0": 0, "q6_k": 208} | dict.fromkeys(BLOCKS, 0)
 """Where the only scale of a block stands."""
 
 

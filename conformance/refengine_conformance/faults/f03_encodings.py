@@ -176,6 +176,46 @@ def _mxfp4_exponent_off(blocks: Blocks) -> Weights:
     return decode("mxfp4", blocks) * np.float32(2)
 
 
+def _int4_interleaved(blocks: Blocks) -> Weights:
+    weights = decode("int4_g64", blocks)
+    return weights.reshape(-1, 2, 2, 16).swapaxes(2, 3).reshape(-1, 64)
+
+
+def _int4_halves_of_the_block(blocks: Blocks) -> Weights:
+    weights = decode("int4_g128", blocks)
+    return weights.reshape(-1, 4, 2, 16).swapaxes(1, 2).reshape(-1, 128)
+
+
+def _int4_zero_points_of_four_bits(blocks: Blocks) -> Weights:
+    blocks[:, 2] &= 15
+    return decode("int4_g32", blocks)
+
+
+def _int4_folded_zero_points(blocks: Blocks) -> Weights:
+    scales, zeros = blocks[:, :2].view("<f2"), blocks[:, 2:3].astype(np.float16)
+    with np.errstate(all="ignore"):
+        offsets = scales * zeros
+        blocks[:, 2] = 0
+        return decode("int4_g128", blocks) - offsets.astype(np.float32)
+
+
+def _int8_signed(blocks: Blocks) -> Weights:
+    quants = blocks[:, 3:].view(np.int8).astype(np.float32)
+    with np.errstate(all="ignore"):
+        return (quants - blocks[:, 2:3]) * _scales(blocks)
+
+
+def _int8_difference_wraps(blocks: Blocks) -> Weights:
+    differences = (blocks[:, 3:] - blocks[:, 2:3]).view(np.int8)
+    with np.errstate(all="ignore"):
+        return differences.astype(np.float32) * _scales(blocks)
+
+
+def _scales(blocks: Blocks) -> Weights:
+    scales: Weights = blocks[:, :2].view("<f2").astype(np.float32)
+    return scales
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "rows are taken as they lie in memory",
@@ -199,13 +239,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "Q4_0 weights interleaved",
         "ENC-3",
-        "Two neighbours per byte, as GPTQ and most other formats have them.",
+        "Two neighbours per byte, as most other formats have them.",
         _decoder("q4_0", _q4_0_interleaved),
     ),
     Fault(
         "Q4_0 around seven",
         "ENC-3",
-        "A zero point stored as z or z - 1, which GPTQ kernels have confused (vllm#38966).",
+        "Half of the largest integer, 15, rounded down.",
         _decoder("q4_0", _q4_0_around_seven),
     ),
     Fault(
@@ -298,6 +338,42 @@ FAULTS: tuple[Fault, ...] = (
         "ENC-13",
         "OCP's bias with ggml's doubled levels.",
         _decoder("mxfp4", _mxfp4_exponent_off),
+    ),
+    Fault(
+        "INT4 weights interleaved",
+        "ENC-15",
+        "Two neighbours per byte, as the words of GPTQ have them.",
+        _decoder("int4_g64", _int4_interleaved),
+    ),
+    Fault(
+        "INT4 halves of a whole block",
+        "ENC-15",
+        "Low halves for the first 64 of 128 weights, not for 16 of each 32.",
+        _decoder("int4_g128", _int4_halves_of_the_block),
+    ),
+    Fault(
+        "INT4 zero points of four bits",
+        "ENC-15",
+        "No GPTQ checkpoint has a zero point beyond 15, and no test had one.",
+        _decoder("int4_g32", _int4_zero_points_of_four_bits),
+    ),
+    Fault(
+        "INT4 zero points folded into float16 offsets",
+        "ENC-15",
+        "weight = d * q - (d * z), the bracket computed beforehand and stored like d.",
+        _decoder("int4_g128", _int4_folded_zero_points),
+    ),
+    Fault(
+        "INT8 read as two's complement",
+        "ENC-15",
+        "A decoder of Q8_0, and the zero point subtracted.",
+        _decoder("int8_g64", _int8_signed),
+    ),
+    Fault(
+        "INT8 difference in eight bits",
+        "ENC-15",
+        "The integers of a dot product have eight bits, so q - z was given eight.",
+        _decoder("int8_g32", _int8_difference_wraps),
     ),
     Fault(
         "a backend repacks Q4_K without minima",

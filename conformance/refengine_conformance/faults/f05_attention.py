@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from refengine import ops
 from refengine.ops import FloatArray, IndexArray, LayerCache
-from refengine_conformance.faults.fault import Fault, faulty_op
-from refengine_conformance.subject import Subject
+from refengine_conformance.faults.fault import Fault, made_op
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -263,8 +262,7 @@ def _attention(name: str, clause: str, make: Callable[[], _Loop], story: str) ->
 
 
 def _fault(name: str, clause: str, op: str, make: Callable[[], Callable[..., Any]], story: str) -> Fault:
-    """A fault of one op; each backend that starts gets a function of its own, which may remember."""
-    return Fault(name, clause, story, lambda: Subject(lambda: faulty_op(op, make())().start()))
+    return Fault(name, clause, story, made_op(op, make))
 
 
 FAULTS: tuple[Fault, ...] = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from refengine.backend.numpy_backend import NumpyBackend
 from refengine.errors import OutOfBlocksError
 from refengine.memory import RELEASED, BlockAllocator, BlockTable, KVCacheManager, KVLayout
 from refengine_conformance.faults.fault import Fault
+from refengine_conformance.faults.kv_cache_fault import cache_fault, table_fault
 from refengine_conformance.subject import Subject
 
 
@@ -214,7 +214,7 @@ class _KeepsWhatItHas(NumpyBackend):
     def create_cache(self, layout: KVLayout) -> Any:
         cache = super().create_cache(layout)
         cache.__dict__["release"] = lambda pool, segment: None
-        cache.__dict__["commit"] = lambda pool, segment: cache._pools[pool].committed.add(segment)
+        cache.__dict__["commit"] = lambda pool, segment: cache._pools[pool].segments._committed.add(segment)
         return cache
 
 
@@ -222,20 +222,12 @@ def _allocator(name: str, clause: str, wrong: type[BlockAllocator], story: str) 
     return Fault(name, clause, story, lambda: Subject(NumpyBackend, allocator=wrong))
 
 
-def _table(name: str, clause: str, wrong: type[BlockTable], story: str) -> Fault:
-    return _cache(name, clause, partial(KVCacheManager, table=wrong), story)
-
-
-def _cache(name: str, clause: str, wrong: Callable[..., KVCacheManager], story: str) -> Fault:
-    return Fault(name, clause, story, lambda: Subject(NumpyBackend, kv_cache=wrong))
-
-
 def _backend(name: str, clause: str, wrong: Callable[[], NumpyBackend], story: str) -> Fault:
     return Fault(name, clause, story, lambda: Subject(wrong))
 
 
 FAULTS: tuple[Fault, ...] = (
-    _table(
+    table_fault(
         "offsets count from the stretch's start",
         "KVC-1",
         _OffsetsOfTheStretch,
@@ -302,67 +294,67 @@ FAULTS: tuple[Fault, ...] = (
         _CountsFromTheEnd,
         "Python's negative indices: a released entry names a block.",
     ),
-    _table(
+    table_fault(
         "the last, unfilled block is missing",
         "KVC-7",
         _RoundsDown,
         "Division rounds down, and the tests use whole blocks.",
     ),
-    _cache(
+    cache_fault(
         "one group grows before another is refused",
         "KVC-8",
         _GrowsGroupByGroup,
         "Each table grows all-or-none, and nobody asked all of them first.",
     ),
-    _table(
+    table_fault(
         "a window releases one block early",
         "KVC-9",
         _OneBlockEarly,
         "The block that the window's edge lies in is taken for passed.",
     ),
-    _table(
+    table_fault(
         "a window releases one position early",
         "KVC-9",
         _OnePositionEarly,
         "The window is measured from the token after the next.",
     ),
-    _table(
+    table_fault(
         "a window releases nothing",
         "KVC-9",
         _NeverReleases,
         "Attention masks what the window has passed, and memory is never asked back.",
     ),
-    _table(
+    table_fault(
         "released positions have slots",
         "KVC-10",
         _SlotsOfTheReleased,
         "-1 · block_size + offset is a number like any other.",
     ),
-    _cache(
+    cache_fault(
         "only the first group is given back",
         "KVC-11",
         _ReleasesTheFirstGroup,
         "Written when there was one group.",
     ),
-    _cache(
+    cache_fault(
         "an ended sequence's name keeps its table",
         "KVC-11",
         _KeepsReleased,
         "Blocks are given back and the entry stays, until the name is used again.",
     ),
-    _cache(
+    cache_fault(
         "all groups have the narrowest window",
         "KVC-12",
         _OneWindow,
         "One window per model, in an engine that met two (kvcached#446).",
     ),
-    _cache(
+    cache_fault(
         "tables are sorted by name",
         "KVC-13",
         _SortedTables,
         "The batch is in order of arrival, and a dictionary's is not.",
     ),
-    _cache(
+    cache_fault(
         "released entries name block 0", "KVC-13", _PaddedWithZero, "Padding with zeros, as arrays are made."
     ),
     _backend("only keys are counted", "KVC-14", _CountsKeysOnly, "The factor two for values is forgotten."),

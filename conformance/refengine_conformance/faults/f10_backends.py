@@ -119,6 +119,11 @@ class _NoDevice(NumpyBackend):
         return ()
 
 
+class _SaysNothingOfItsCode(NumpyBackend):
+    name = "suspect"
+    import_bytes: Any = None
+
+
 class _PromisesTooMuch(NumpyBackend):
     name = "suspect"
     native: ClassVar[Mapping[str, OpFunction]] = MappingProxyType(
@@ -317,6 +322,12 @@ FAULTS: tuple[Fault, ...] = (
         "BCK-1",
         "A driver that answers, and has nothing to offer.",
         partial(Subject, _NoDevice),
+    ),
+    Fault(
+        "the bytes of its own code are not told",
+        "BCK-1",
+        "The backend is older than the attribute, and no plan can be made with it.",
+        partial(Subject, _SaysNothingOfItsCode),
     ),
     Fault(
         "an op is promised and then refused",

@@ -15,7 +15,7 @@ from refengine.memory import SealedFormat
 from refengine.ops import FloatArray, IndexArray, LayerCache, SealedLayerCache
 from refengine.ops.scratch import Scratch
 from refengine.quantizer.sealed_kv import ALL, STEPS, Floats, Integers
-from refengine_conformance.faults.fault import Fault, faulty_op
+from refengine_conformance.faults.fault import Fault, made_op
 from refengine_conformance.subject import KVPart, Subject, golden_kv_format
 
 Array = NDArray[Any]
@@ -293,11 +293,6 @@ def _toward_zero(x: FloatArray, dtype: np.dtype[np.floating]) -> FloatArray:
     return np.nextafter(x.astype(dtype), dtype.type(0)).astype(x.dtype)
 
 
-def _op(op: str, make: Callable[[], Callable[..., Any]]) -> Callable[[], Subject]:
-    """A subject with one wrong op; each backend that starts gets one of its own, which may remember."""
-    return lambda: Subject(lambda: faulty_op(op, make())().start())
-
-
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "a float16 block keeps infinity",
@@ -339,49 +334,49 @@ FAULTS: tuple[Fault, ...] = (
         "a block is sealed a step late",
         "SKV-6",
         "Quantization is queued behind the step, and the exact copy is reused before it runs.",
-        _op("kv_seal", _SealsLate),
+        made_op("kv_seal", _SealsLate),
     ),
     Fault(
         "a block is read as sealed as soon as it is full",
         "SKV-7",
         "A prompt reads its own last block otherwise than decoding would.",
-        _op("sealed_attention", _SealedAsSoonAsFull),
+        made_op("sealed_attention", _SealedAsSoonAsFull),
     ),
     Fault(
         "the first block is read as sealed",
         "SKV-7",
         "Attention sinks are quantized like anything else.",
-        _op("sealed_attention", _NoSink),
+        made_op("sealed_attention", _NoSink),
     ),
     Fault(
         "query heads take key heads in turn",
         "SKV-8",
         "KV quantization × grouped queries: the quantized path repeats heads in another order.",
-        _op("sealed_attention", _HeadsInTurn),
+        made_op("sealed_attention", _HeadsInTurn),
     ),
     Fault(
         "the cap is ignored",
         "SKV-8",
         "KV quantization × softcap: the quantized kernel has none.",
-        _op("sealed_attention", _NoCap),
+        made_op("sealed_attention", _NoCap),
     ),
     Fault(
         "blocks of a batch share their scales",
         "SKV-9",
         "KV quantization × batch: results of a sequence depend on its company (exllamav3#91).",
-        _op("kv_seal", lambda: _scales_of_the_batch),
+        made_op("kv_seal", lambda: _scales_of_the_batch),
     ),
     Fault(
         "a step reads its own tokens exactly",
         "SKV-9",
         "KV quantization × chunked prefill: tokens are quantized after the step, and the cut shows.",
-        _op("sealed_attention", _StepIsExact),
+        made_op("sealed_attention", _StepIsExact),
     ),
     Fault(
         "exact copies of the whole table are read",
         "SKV-10",
         "Tables are gathered at full width, and 0 · NaN is NaN.",
-        _op("sealed_attention", lambda: _reads_whole_tables),
+        made_op("sealed_attention", lambda: _reads_whole_tables),
     ),
     Fault(
         "NaN is sealed as zero",
@@ -393,12 +388,12 @@ FAULTS: tuple[Fault, ...] = (
         "a float16 cache truncates",
         "SKV-12",
         "Bits are shifted out where they should be rounded.",
-        _op("kv_write", lambda: _truncates),
+        made_op("kv_write", lambda: _truncates),
     ),
     Fault(
         "copies are read for all that is in the window",
         "SKV-13",
         "The exact pool is only ever tested with room for everything, and never seen to be read too much.",
-        _op("sealed_attention", _AllCopies),
+        made_op("sealed_attention", _AllCopies),
     ),
 )

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from refengine.backend.numpy_backend import NumpyBackend
+from refengine.program import POLICIES
 from refengine_conformance.subject import Subject
 
 
@@ -36,3 +37,13 @@ def faulty_op(op: str, function: Callable[..., Any]) -> Callable[[], Subject]:
         native = MappingProxyType({**NumpyBackend.native, op: function})
 
     return lambda: Subject(Suspect)
+
+
+def made_op(
+    op: str, make: Callable[[], Callable[..., Any]], policy: str = "float32"
+) -> Callable[[], Subject]:
+    """As `faulty_op`, under a policy; each backend that starts has a function of its own.
+
+    So the function may remember what it has done.
+    """
+    return lambda: Subject(lambda: faulty_op(op, make())().start(), policy=POLICIES[policy])

@@ -137,6 +137,16 @@ def mxfp4(block: bytes, i: int) -> tuple[float, ...]:
     return (math.ldexp(level, block[0] - 128),)
 
 
+def int4(block: bytes, i: int) -> tuple[float, ...]:
+    """ENC-15."""
+    return (binary16(block, 0) * (half(block, 3 + 16 * (i // 32), i % 32) - block[2]),)
+
+
+def int8(block: bytes, i: int) -> tuple[float, ...]:
+    """ENC-15."""
+    return (binary16(block, 0) * (block[3 + i] - block[2]),)
+
+
 def half(block: bytes, start: int, i: int) -> int:
     """4 bits of 32: weights 0 to 15 in the low halves of 16 bytes, 16 to 31 in the high ones."""
     return field(block[start + i % 16], i // 16, bits=4)
@@ -189,8 +199,16 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "iq4_nl": Layout(32, 18, iq4_nl, (0,)),
         "iq4_xs": Layout(256, 136, iq4_xs, (0,)),
         "mxfp4": Layout(32, 17, mxfp4),
+        "int4_g32": Layout(32, 19, int4, (0,)),
+        "int4_g64": Layout(64, 35, int4, (0,)),
+        "int4_g128": Layout(128, 67, int4, (0,)),
+        "int8_g32": Layout(32, 35, int8, (0,)),
+        "int8_g64": Layout(64, 67, int8, (0,)),
+        "int8_g128": Layout(128, 131, int8, (0,)),
     }
 )
+
+AFFINE = tuple(name for name in LAYOUTS if name.startswith("int"))
 
 SPECIAL_SCALES = (0.0, -0.0, 1.0, -1.0, 2.0**-24, 2.0**-14, 65504.0, math.inf, -math.inf, math.nan)
 
@@ -387,6 +405,19 @@ def products_are_those_of_the_decoded_weights(subject: Subject, data: st.DataObj
         exact = [[math.fsum(products) for products in row] for row in (inputs[:, None] * weights).tolist()]
         n = (2 * weights.shape[1] + 3) * subject.unit_roundoff
         check_bound(y, exact, n / (1 - n) * (np.abs(inputs) @ magnitudes.T))
+
+
+@holds("ENC-15", "decoder")
+def integers_have_a_zero_point_per_group(subject: Subject, data: st.DataObject) -> None:
+    """Any block of any size decodes by its formula, with zero points at either end."""
+    for encoding in AFFINE:
+        layout = LAYOUTS[encoding]
+        stored = data.draw(stored_rows(encoding))
+        stored[0, 2] = data.draw(st.sampled_from([0, 1, 7, 8, 15, 16, 127, 128, 255]), "z")
+        edges = data.draw(st.sampled_from([None, 0x00, 0x0F, 0xF0, 0xFF]), "integers of the first block")
+        if edges is not None:
+            stored[0, 3 : layout.bytes] = edges
+        check_bits(subject.decode(encoding, stored), weights_of(encoding, stored))
 
 
 def some_supported(subject: Subject, data: st.DataObject, op: str) -> list[str]:

@@ -10,32 +10,11 @@ from hypothesis import strategies as st
 
 from refengine.errors import FormatError
 from refengine.scheduler import Decision, Limits
-from refengine.simulation import (
-    Costs,
-    HeavyTails,
-    Mishaps,
-    Simulator,
-    differences,
-    generate,
-    read_journal,
-    small_layout,
-)
+from refengine.simulation import Mishaps, Simulator, differences, generate, read_journal, small_layout
 from refengine_conformance.registry import holds
 from refengine_conformance.schedule_lives import ALL, choices
+from refengine_conformance.simulated_loads import COSTS, LOADS
 from refengine_conformance.subject import Subject
-
-SHAPES = st.builds(
-    HeavyTails,
-    rate=st.sampled_from([20.0, 200.0, 2.0]),
-    prompt_median=st.just(12.0),
-    output_least=st.just(3.0),
-    longest=st.just(40),
-    tenants=st.just(3),
-    priorities=st.just(3),
-    samples=st.sampled_from([1, 3]),
-    hinted=st.sampled_from([0.0, 0.5]),
-)
-
 
 TROUBLES = st.builds(
     Mishaps,
@@ -46,17 +25,13 @@ TROUBLES = st.builds(
 )
 
 
-COSTS = Costs(step=1.0, token=1 / 8, position=1 / 256, byte=1 / 1024)
-"""Sums of these are exact."""
-
-
 @st.composite
 def simulators(draw: st.DrawFn, subject: Subject, text: StringIO | None = None) -> Simulator:
     """Thirty requests in little memory, with a host or windows, and things going wrong."""
     choice = draw(choices(*ALL))
     journal = None if text is None else subject.journal(text, choice.name, **choice.parameters)
     return subject.simulator(
-        generate(draw(SHAPES), 30, draw(st.integers(0, 2**32))),
+        generate(draw(LOADS), 30, draw(st.integers(0, 2**32))),
         subject.scheduling(choice.name, **choice.parameters),
         Limits(draw(st.sampled_from([16, 8, 64])), draw(st.sampled_from([4, 3, 8]))),
         small_layout(draw(st.sampled_from([96, 128, 256])), 4, draw(st.sampled_from([None, 6]))),
@@ -155,7 +130,7 @@ def the_clock_counts_the_costs(subject: Subject, data: st.DataObject) -> None:
 @holds("SCH-24", "scheduler", tier="state")
 def loads_come_of_a_seed(subject: Subject, data: st.DataObject) -> None:
     """The same twice, in order of time, with lengths inside their bounds; and another of another seed."""
-    shape, seed = data.draw(SHAPES), data.draw(st.integers(0, 2**32))
+    shape, seed = data.draw(LOADS), data.draw(st.integers(0, 2**32))
     load = generate(shape, 30, seed)
     assert load == generate(shape, 30, seed) != generate(shape, 30, seed + 1)
     assert sorted(load, key=lambda arrival: arrival.time) == list(load)

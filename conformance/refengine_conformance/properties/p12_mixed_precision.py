@@ -34,18 +34,27 @@ MIXED8, MIXED16 = ("mixed8",), ("mixed16",)
 MIXED = MIXED8 + MIXED16
 
 SEEDS = st.integers(0, 2**32 - 1)
-MODELS = st.builds(
-    stored_model,
-    st.sampled_from(sorted(FAMILIES)),
-    st.integers(0, 3),
-    wide=st.sampled_from([False, False, True]),
-)
+
+
+def models(subject: Subject) -> st.SearchStrategy[Model]:
+    """Models whose matrices have encodings that the backend computes; any, to be refused, if it has none."""
+    support, ops = subject.start().support, ("embedding", product_of(subject))
+    names = [
+        n for n in CODED if all(support(op, encoding=n, policy=subject.policy.name) is None for op in ops)
+    ]
+    return st.builds(
+        stored_model,
+        st.sampled_from(sorted(FAMILIES)),
+        st.integers(0, 3),
+        wide=st.sampled_from([False, False, True]),
+        encodings=st.just(tuple(names) if any(ENCODINGS[n].block_size == GROUP for n in names) else CODED),
+    )
 
 
 @st.composite
-def prompts(draw: st.DrawFn, longest: int = 5, count: int = 2) -> Prompts:
+def prompts(draw: st.DrawFn, subject: Subject, longest: int = 5, count: int = 2) -> Prompts:
     """Prompts of random tokens, in blocks of any size and order."""
-    model = draw(MODELS)
+    model = draw(models(subject))
     lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=count))
     rng = np.random.default_rng(draw(SEEDS))
     ids = tuple(tuple(rng.integers(0, model.spec.vocabulary_size, n).tolist()) for n in lengths)
@@ -153,7 +162,7 @@ def _through_infinity(
 @holds("MIX-1", "precision", tier="models", policies=MIXED)
 def products_are_replaced_and_nothing_else(subject: Subject, data: st.DataObject) -> None:
     """Recounted instruction by instruction: ops, operands, shapes and attributes; values defined once."""
-    model = data.draw(MODELS)
+    model = data.draw(models(subject))
     sealed = data.draw(st.booleans())
     traced = (subject.trace_sealed if sealed else subject.trace)(model)
     chosen = data.draw(st.sampled_from(sorted(POLICIES)))
@@ -201,7 +210,7 @@ def _is_coded(model: Model, op: str, operands: Sequence[Value | None]) -> bool:
 
 
 @holds("MIX-1", "precision", policies=MIXED8)
-def the_encodings_are_these_eight(subject: Subject, data: st.DataObject) -> None:
+def the_encodings_are_those_of_integers(subject: Subject, data: st.DataObject) -> None:
     """A product with a weight of any encoding, alone."""
     encoding = data.draw(st.sampled_from(sorted(ENCODINGS)))
     tracer = Tracer()
@@ -425,7 +434,7 @@ def products_that_are_left_are_those_of_float32(subject: Subject, data: st.DataO
 @holds("MIX-13", "backend", "precision", tier="models", policies=MIXED)
 def each_product_of_a_model_is_that_of_what_it_reads(subject: Subject, data: st.DataObject) -> None:
     """Any product of any model, in a step of several prompts."""
-    case = data.draw(prompts(longest=3))
+    case = data.draw(prompts(subject, longest=3))
     at = data.draw(st.sampled_from(products_of(subject.program(case.model))))
     check_product(subject, case, at, data.draw(SEEDS))
 
@@ -433,7 +442,7 @@ def each_product_of_a_model_is_that_of_what_it_reads(subject: Subject, data: st.
 @holds("MIX-14", "backend", level="L3", tier="models", policies=MIXED)
 def logits_do_not_depend_on_the_schedule(subject: Subject, data: st.DataObject) -> None:
     """A prompt alone in one step, or in pieces beside another prompt, in other blocks: the same bits."""
-    case = data.draw(prompts(longest=20))
+    case = data.draw(prompts(subject, longest=20))
     alone = Prompting(subject, case).step(case.whole[:1])[0]
     running = Prompting(subject, replace(case, order=case.order + 1))
     length = len(case.token_ids[0])
@@ -452,7 +461,7 @@ def logits_do_not_depend_on_the_schedule(subject: Subject, data: st.DataObject) 
 @holds("MIX-14", "backend", level="L2", tier="models", policies=MIXED)
 def repetition_changes_no_bit(subject: Subject, data: st.DataObject) -> None:
     """On two backends, and once more on one of them, whose arena is full of other numbers by then."""
-    case = data.draw(prompts(longest=9))
+    case = data.draw(prompts(subject, longest=9))
     first, second = Prompting(subject, case), Prompting(subject, case)
     results = [np.concatenate(first.step(case.whole)).tobytes()]
     other = replace(
@@ -466,7 +475,7 @@ def repetition_changes_no_bit(subject: Subject, data: st.DataObject) -> None:
 @holds("MIX-15", "memory_plan", "backend", level="M", tier="models", policies=MIXED)
 def codes_have_places_in_the_plan(subject: Subject, data: st.DataObject) -> None:
     """48 bytes per group, and no value that lives at the same time on top of them."""
-    model, tokens = data.draw(MODELS), data.draw(st.integers(1, 40))
+    model, tokens = data.draw(models(subject)), data.draw(st.integers(1, 40))
     program = subject.program(model)
     plan = subject.plan(program, subject.policy, {"T": tokens, "S": 2, "R": tokens})
     coded = [i.result for i in program if i.op.name == "quantize_a8"]
@@ -487,7 +496,7 @@ def codes_have_places_in_the_plan(subject: Subject, data: st.DataObject) -> None
 @holds("MIX-15", "backend", level="M", tier="models", policies=MIXED)
 def memory_is_what_was_planned_under_any_limit(subject: Subject, data: st.DataObject) -> None:
     """Weights, arena and cache take what the plans say, to the byte, and no limit changes a bit."""
-    case = data.draw(prompts(longest=4))
+    case = data.draw(prompts(subject, longest=4))
     program, weights = subject.program(case.model), case.model.weights
     stored = sum(tensor.nbytes for tensor in weights.values())
     limit = data.draw(st.just(0) | st.just(stored) | st.integers(0, 2 * stored))

@@ -19,9 +19,10 @@ from refengine.models import Model
 from refengine.ops import FloatArray
 from refengine.sampling import Sampled
 from refengine.scheduler import Decision, Limits
-from refengine.simulation import Costs, End, HeavyTails, Record, differences, generate, simulate, small_layout
+from refengine.simulation import End, Record, differences, generate, simulate, small_layout
 from refengine_conformance.registry import holds
 from refengine_conformance.schedule_lives import ALL, choices
+from refengine_conformance.simulated_loads import COSTS, LOADS
 from refengine_conformance.subject import Subject
 from refengine_conformance.tiny_model import tiny_model
 
@@ -343,21 +344,6 @@ def what_was_recorded_otherwise_is_found(subject: Subject, data: st.DataObject) 
         assert record.engine["fingerprint"] in str(error)
     else:
         raise AssertionError("another model was run")
-
-
-LOADS = st.builds(
-    HeavyTails,
-    rate=st.sampled_from([20.0, 200.0, 2.0]),
-    prompt_median=st.just(12.0),
-    output_least=st.just(3.0),
-    longest=st.just(40),
-    tenants=st.just(3),
-    priorities=st.just(3),
-    samples=st.sampled_from([1, 3]),
-    hinted=st.sampled_from([0.0, 0.5]),
-)
-
-COSTS = Costs(step=1.0, token=1 / 8, position=1 / 256, byte=1 / 1024)
 
 
 @holds("JRN-4", "scheduler", "kv_cache", tier="state")

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from refengine.backend.protocol import Device as DeviceName
 from refengine.backend.protocol import MemoryUse
+from refengine.backend.support import unknown
 from refengine.backend.weights import WeightPlan, plan_decoded
 from refengine.errors import NumericalError
 from refengine.memory import KVLayout
-from refengine.ops import OPS
 from refengine.program import (
-    POLICIES,
     Instruction,
     MemoryPlan,
     Policy,
@@ -26,7 +25,7 @@ from refengine.program import (
     concrete,
     input_arrays,
 )
-from refengine.quantizer import ENCODINGS, LazyTensor
+from refengine.quantizer import LazyTensor
 from refengine_conformance.standins.device import Device, DeviceArray, DeviceCache, DeviceSealedCache
 
 Weights = Mapping[str, DeviceArray]
@@ -40,6 +39,7 @@ class DeviceStrictBackend:
     """
 
     name = "device-strict"
+    import_bytes = 0
 
     def __init__(self) -> None:
         self._device = Device()
@@ -52,11 +52,7 @@ class DeviceStrictBackend:
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """Everything there is."""
-        if op not in OPS:
-            return f"there is no op {op!r}"
-        if policy not in POLICIES:
-            return f"there is no policy {policy!r}"
-        return None if encoding is None or encoding in ENCODINGS else f"there is no encoding {encoding!r}"
+        return unknown(op, encoding=encoding, policy=policy)
 
     def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
         """Its ops take their own."""

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.backend.protocol import Device, MemoryUse
+from refengine.backend.support import unknown
 from refengine.backend.weights import WeightPlan, plan_decoded
 from refengine.errors import NumericalError
 from refengine.memory import KVLayout
-from refengine.ops import OPS, LayerCache, SealedLayerCache
+from refengine.ops import LayerCache, SealedLayerCache
 from refengine.program import (
-    POLICIES,
     Instruction,
     MemoryPlan,
     Policy,
@@ -25,7 +25,7 @@ from refengine.program import (
     concrete,
     input_arrays,
 )
-from refengine.quantizer import ENCODINGS, LazyTensor
+from refengine.quantizer import LazyTensor
 
 Weights = Mapping[str, NDArray[Any]]
 
@@ -34,6 +34,7 @@ class LoopbackBackend:
     """Everything at once and one thing after the other."""
 
     name = "loopback"
+    import_bytes = 0
 
     def __init__(self) -> None:
         self._weights = self._arena = 0
@@ -45,14 +46,7 @@ class LoopbackBackend:
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """Whatever exists."""
-        for what, name, known in (
-            ("op", op, OPS),
-            ("policy", policy, POLICIES),
-            ("encoding", encoding, ENCODINGS),
-        ):
-            if name is not None and name not in known:
-                return f"there is no {what} {name!r}"
-        return None
+        return unknown(op, encoding=encoding, policy=policy)
 
     def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
         """Its ops take their own."""
