@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from refengine.backend.protocol import Device, MemoryUse
+from refengine.backend.selection import missing
+from refengine.backend.support import unknown
 from refengine.backend.weights import WeightPlan
 from refengine.errors import UnsupportedError
 from refengine.memory import KVLayout
-from refengine.ops import OPS
 from refengine.program import Instruction, MemoryPlan, Policy, Program
-from refengine.quantizer import ENCODINGS, LazyTensor
+from refengine.quantizer import LazyTensor
+from refengine_cupy.attention import attention_workspace
 from refengine_cupy.executable import CupyExecutable
 from refengine_cupy.kv import DeviceKVStorage
-from refengine_cupy.lowering import Lowering, attention_workspace
+from refengine_cupy.lowering import COMPUTED
 from refengine_cupy.packing import LAYOUTS
 from refengine_cupy.runtime import Runtime
 from refengine_cupy.weights import DeviceWeights, plan_packed
@@ -23,8 +25,6 @@ POLICIES = ("float32", "mixed8")
 
 IMPORT_BYTES = 384 * 2**20
 """What CuPy, the driver and the compiler of kernels take of the host's memory."""
-
-VIEWS = ("split_heads", "merge_heads")
 
 
 class CupyBackend:
@@ -56,14 +56,12 @@ class CupyBackend:
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """What has kernels."""
-        if op not in OPS:
-            return f"there is no op {op!r}"
-        if op not in VIEWS and not hasattr(Lowering, f"_{op}") and op != "linear_a8":
+        if reason := unknown(op, encoding=encoding, policy=policy):
+            return reason
+        if op not in COMPUTED:
             return f"cupy has no {op} of its own"
         if policy not in POLICIES:
             return f"cupy computes under {' and '.join(POLICIES)}, not under {policy}"
-        if encoding is not None and encoding not in ENCODINGS:
-            return f"there is no encoding {encoding!r}"
         if op == "linear_a8" and encoding is not None and encoding not in LAYOUTS:
             return f"cupy has no kernels for products of codes with {encoding}"
         return None
@@ -106,18 +104,12 @@ class CupyBackend:
 
         Raises:
             UnsupportedError: it needs what there are no kernels for; golden ops cannot stand in, as they do
-                not
-                reach the device's memory.
+                not reach the device's memory.
         """
-        reasons = {
-            reason
-            for instruction in program
-            for encoding in _encodings(instruction, weights)
-            if (reason := self.support(instruction.op.name, encoding=encoding, policy=policy.name))
-        }
+        reasons = dict.fromkeys(missing(self, program, policy, weights.encodings).values())
         if reasons:
             raise UnsupportedError(
-                f"backend {self.name!r} cannot run this program: {'; '.join(sorted(reasons))}. Golden ops "
+                f"backend {self.name!r} cannot run this program: {'; '.join(reasons)}. Golden ops "
                 "cannot take their place on a GPU: choose another backend, policy or KV dtype"
             )
         executable = CupyExecutable(self._runtime, program, plan, weights, layout, cache)
@@ -131,8 +123,3 @@ class CupyBackend:
             kv_cache=sum(cache.nbytes for cache in self._caches),
             arena=self._arena_bytes,
         )
-
-
-def _encodings(instruction: Instruction, weights: DeviceWeights) -> list[str | None]:
-    matrices = [v for v in instruction.operands if v and v.kind == "weight" and len(v.shape) > 1]
-    return [weights[matrix.name].encoding for matrix in matrices] or [None]

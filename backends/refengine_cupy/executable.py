@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from refengine.memory import KVLayout
 from refengine.ops import FloatArray
 from refengine.program import MemoryPlan, Program, StepBatch, check_step_batch, concrete
+from refengine_cupy.attention import MOST_PARTIALS
+from refengine_cupy.binding import Binding
 from refengine_cupy.kv import DeviceKVStorage
-from refengine_cupy.lowering import MOST_PARTIALS, Lowering, Places, StepShape
+from refengine_cupy.lowering import Lowering
 from refengine_cupy.runtime import Launch, Memory, Runtime
 from refengine_cupy.step_arrays import offsets_of, shape_of, write_arrays
+from refengine_cupy.step_shape import Places, StepShape
 from refengine_cupy.weights import DeviceWeights
 
 GRAPH_TOKENS = 256
@@ -50,10 +53,11 @@ class CupyExecutable:
     ) -> None:
         self._runtime, self._program, self._plan, self._layout = runtime, program, plan, layout
         self._weights, self._cache = weights, cache  # they live as long as this does
-        self._lowering = Lowering(
+        binding = Binding(
             program, plan, weights.__getitem__, cache.states, layout,
             matrix_units=runtime.matrix_units, multiprocessors=runtime.multiprocessors,
         )  # fmt: skip
+        self._lowering = Lowering(binding)
         output = program.output
         self._dtype = np.dtype(output.dtype or np.float32)
         most = {"S1": plan.sizes.get("S", 1) + 1, **plan.sizes}

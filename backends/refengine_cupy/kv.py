@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import MemoryManagerError
+from refengine.backend.segments import Segments
 from refengine.memory import KVLayout
 from refengine_cupy.runtime import Addresses, Runtime
 
@@ -61,7 +61,7 @@ class DeviceKVStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of all committed segments."""
-        return sum(len(pool.committed) * self._layout.segment_bytes(g) for g, pool in enumerate(self._pools))
+        return sum(len(pool.segments) * self._layout.segment_bytes(g) for g, pool in enumerate(self._pools))
 
     def commit(self, pool: int, segment: int) -> None:
         """Put memory behind a segment."""
@@ -92,35 +92,31 @@ class _Pool:
     def __init__(self, runtime: Runtime, layout: KVLayout, group: int) -> None:
         self._runtime = runtime
         self._block_bytes = layout.block_bytes(group)
-        self._segment_bytes, self._segments = layout.segment_bytes(group), layout.num_segments(group)
-        self._addresses: Addresses = runtime.reserve(max(1, self._segments * self._segment_bytes))
+        self._segment_bytes, self.segments = layout.segment_bytes(group), Segments(layout.num_segments(group))
+        self._addresses: Addresses = runtime.reserve(max(1, layout.num_segments(group) * self._segment_bytes))
         self._users = Counter[int]()  # of a piece: segments that meet in it
-        self.committed: set[int] = set()
 
     @property
     def address(self) -> int:
         return self._addresses.address
 
     def commit(self, segment: int) -> None:
-        if segment in self.committed or not 0 <= segment < self._segments:
-            raise MemoryManagerError(f"KV segment {segment} of {self._segments} cannot be committed")
+        self.segments.commit(segment)
         backed: list[int] = []
         for piece in self._pieces(segment):
             if not self._users[piece]:
                 try:
                     self._addresses.back(piece)
                 except Exception:
+                    self.segments.release(segment)
                     for done in backed:
                         self._addresses.unback(done)
                     raise
                 backed.append(piece)
         self._users.update(self._pieces(segment))
-        self.committed.add(segment)
 
     def release(self, segment: int) -> None:
-        if segment not in self.committed:
-            raise MemoryManagerError(f"KV segment {segment} is not committed and cannot be released")
-        self.committed.remove(segment)
+        self.segments.release(segment)
         for piece in self._pieces(segment):
             self._users[piece] -= 1
             if not self._users[piece]:

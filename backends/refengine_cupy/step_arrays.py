@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from refengine.memory import KVLayout
 from refengine.program import StepBatch
-from refengine_cupy.lowering import PARTITION, QUERY_TILE, StepShape
+from refengine_cupy.attention import PARTITION, QUERY_TILE
+from refengine_cupy.step_shape import StepShape
 
 ALIGNMENT = 16
 """Arrays begin at multiples of so many bytes."""

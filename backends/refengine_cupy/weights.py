@@ -119,6 +119,11 @@ class DeviceWeights:
     def __getitem__(self, role: str) -> DeviceWeight:
         return self._weights[role]
 
+    @property
+    def encodings(self) -> Mapping[str, str]:
+        """How each is held, by role."""
+        return {role: weight.encoding for role, weight in self._weights.items()}
+
     def _take(self, tensor: LazyTensor, address: int) -> DeviceWeight:
         if len(tensor.shape) == 1:
             self._runtime.upload(address, _finite_numbers(tensor))

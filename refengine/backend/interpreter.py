@@ -12,13 +12,13 @@ import numpy as np
 
 from refengine.backend.kv_storage import HostKVStorage
 from refengine.backend.protocol import Device, MemoryUse
+from refengine.backend.support import unknown
 from refengine.backend.weights import WeightPlan, Weights, plan_weights
 from refengine.errors import UnsupportedError
 from refengine.memory import KVLayout
 from refengine.ops import OPS, FloatArray
 from refengine.ops.scratch import Scratch
 from refengine.program import (
-    POLICIES,
     Instruction,
     MemoryPlan,
     Policy,
@@ -29,7 +29,7 @@ from refengine.program import (
     golden_workspace,
     input_arrays,
 )
-from refengine.quantizer import ENCODINGS, LazyTensor
+from refengine.quantizer import LazyTensor
 
 OpFunction = Callable[..., Any]
 """``function(*operands, **attributes, out=None)``, as the golden op of the same name."""
@@ -58,12 +58,8 @@ class InterpretedBackend:
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """What has a native function, in every encoding and policy."""
-        if op not in OPS:
-            return f"there is no op {op!r}"
-        if policy not in POLICIES:
-            return f"there is no policy {policy!r}"
-        if encoding is not None and encoding not in ENCODINGS:
-            return f"there is no encoding {encoding!r}"
+        if reason := unknown(op, encoding=encoding, policy=policy):
+            return reason
         return None if op in self.native else f"{self.name} has no {op} of its own"
 
     def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import MemoryManagerError
+from refengine.backend.segments import Segments
 from refengine.memory import KVLayout
 from refengine.ops import LayerCache, SealedLayerCache
 
@@ -52,7 +52,7 @@ class HostKVStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of all committed segments."""
-        return sum(len(pool.committed) * self._layout.segment_bytes(g) for g, pool in enumerate(self._pools))
+        return sum(len(pool.segments) * self._layout.segment_bytes(g) for g, pool in enumerate(self._pools))
 
     def commit(self, pool: int, segment: int) -> None:
         """Count a segment; its pages come when they are written."""
@@ -85,22 +85,17 @@ class _Pool:
     """One pool's memory, and which of its segments are committed."""
 
     def __init__(self, layout: KVLayout, group: int) -> None:
-        self._segment_bytes, self._segments = layout.segment_bytes(group), layout.num_segments(group)
-        self._memory = _anonymous(max(1, self._segments * self._segment_bytes))
+        self._segment_bytes, self.segments = layout.segment_bytes(group), Segments(layout.num_segments(group))
+        self._memory = _anonymous(max(1, layout.num_segments(group) * self._segment_bytes))
         count, nbytes = layout.groups[group].num_blocks, layout.block_bytes(group)
         whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
         self.blocks = whole[: count * nbytes].reshape(count, nbytes)
-        self.committed: set[int] = set()
 
     def commit(self, segment: int) -> None:
-        if segment in self.committed or not 0 <= segment < self._segments:
-            raise MemoryManagerError(f"KV segment {segment} of {self._segments} cannot be committed")
-        self.committed.add(segment)
+        self.segments.commit(segment)
 
     def release(self, segment: int) -> None:
-        if segment not in self.committed:
-            raise MemoryManagerError(f"KV segment {segment} is not committed and cannot be released")
-        self.committed.remove(segment)
+        self.segments.release(segment)
         if hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, segment * self._segment_bytes, self._segment_bytes)
 

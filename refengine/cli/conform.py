@@ -36,7 +36,7 @@ def _writable(_: click.Context, __: click.Parameter, value: str | None) -> str |
     "policies",
     multiple=True,
     metavar="NAME",
-    help="Precision, such as float32; repeatable.  [default: all that the backend claims]",
+    help="Precision: float32, float64, mixed8, mixed16; repeatable.  [default: all that the backend claims]",
 )
 @click.option(
     "--profile",

@@ -44,7 +44,7 @@ policy_option = click.option(
     default="float32",
     show_default=True,
     metavar="NAME",
-    help="Precision policy; float64 is the oracle's.",
+    help="Precision policy: float32, mixed8, mixed16; float64 is the oracle's.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")

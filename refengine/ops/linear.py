@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +55,13 @@ def tile_rows(shape: tuple[int, ...]) -> int:
     return max(rows, MIN_TILE_ROWS)
 
 
+def row_tiles(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a weight ``[N, K]``, as many at a time as are multiplied at once."""
+    step = tile_rows(shape)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
 def _linear_workspace(
     shapes: Sequence[tuple[int, ...] | None], attributes: Mapping[str, Any], itemsize: int
 ) -> int:
@@ -87,14 +94,11 @@ def linear(
     Clauses: OPS-2, OPS-7, CNV-4, CNV-9, ENC-14.
     """
     scratch = scratch or Scratch()
-    count = weight.shape[0]
     if out is None:
-        out = np.empty((len(x), count), x.dtype)
-    step = tile_rows(weight.shape)
+        out = np.empty((len(x), weight.shape[0]), x.dtype)
     with scratch.frame():
         columns = padded(x.T, "F", scratch)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
+        for rows in row_tiles(weight.shape):
             with scratch.frame():
                 tile = (
                     weight[rows]

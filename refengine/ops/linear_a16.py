@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from refengine.errors import NumericalError
 from refengine.ops.arrays import FloatArray
-from refengine.ops.linear import TiledMatrix, tile_rows
+from refengine.ops.linear import TiledMatrix, row_tiles, tile_rows
 from refengine.ops.matmul import BASE_WIDTHS, WIDE_WIDTHS, matmul_columns
 from refengine.ops.registry import op
 from refengine.ops.scratch import Scratch, aligned
@@ -60,14 +60,11 @@ def linear_a16(
     Clauses: MIX-9, MIX-10, MIX-11.
     """
     scratch = scratch or Scratch()
-    count = weight.shape[0]
     if out is None:
-        out = np.empty((len(x), count), np.float32)
-    step = tile_rows(weight.shape)
+        out = np.empty((len(x), weight.shape[0]), np.float32)
     with scratch.frame():
         rounded, powers = _rounded_rows(x, scratch)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
+        for rows in row_tiles(weight.shape):
             with scratch.frame():
                 tile = _rounded_tile(weight, rows, scratch)
                 matmul_columns(tile, rounded.T, order="F", out=out[:, rows].T, scratch=scratch)

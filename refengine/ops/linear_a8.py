@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from refengine.ops.arrays import FloatArray
 from refengine.ops.fused import fma, fma_workspace
-from refengine.ops.linear import tile_rows
+from refengine.ops.linear import row_tiles, tile_rows
 from refengine.ops.registry import op
 from refengine.ops.scratch import Scratch, aligned
 from refengine.ops.tiles import TILE_ELEMENTS, tile_shape, tiles
@@ -162,17 +162,15 @@ def linear_a8(
     count = weight.shape[0]
     if out is None:
         out = np.empty((len(codes), count), np.float32)
-    step = tile_rows(weight.shape)
     with np.errstate(all="ignore"):
-        for start in range(0, count, step):
-            stop = min(start + step, count)
+        for rows in row_tiles(weight.shape):
             with scratch.frame():
-                groups = weight.groups(start, stop, scratch)
-                tokens = _tokens_at_once(min(step, count))
+                groups = weight.groups(rows.start, rows.stop, scratch)
+                tokens = _tokens_at_once(min(tile_rows(weight.shape), count))
                 for first in range(0, len(codes), tokens):
                     some = slice(first, first + tokens)
                     with scratch.frame():
-                        out[some, start:stop] = _products(codes[some], groups, scratch)
+                        out[some, rows] = _products(codes[some], groups, scratch)
         if bias is not None:
             out += bias
     return out

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from refengine.simulation.journal import End, Fork, Journal, LineStream, Part, Record, read_journal
+from refengine.simulation.journal import Journal, LineStream
+from refengine.simulation.journal_reader import read_journal
 from refengine.simulation.loads import Arrival, HeavyTails, Load, generate
+from refengine.simulation.record import End, Fork, Part, Record
 from refengine.simulation.replay import Trace, differences, replay, simulate, trace
 from refengine.simulation.simulator import Costs, Course, Done, Mishaps, Simulator, small_layout
 

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from refengine.scheduler import Decision, SchedulingPolicy, schedule, scheduling_policy
-from refengine.simulation.journal import Record
 from refengine.simulation.loads import Load
+from refengine.simulation.record import Record
 from refengine.simulation.simulator import Course, Simulator
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from batch.jsonl import completion, write
 from click.testing import Result
+from journal_lines import sealed
 
 from refengine.scheduler import Limits
 from refengine.simulation import HeavyTails, Journal, generate, simulate, small_layout
@@ -18,17 +18,6 @@ from refengine.simulation import HeavyTails, Journal, generate, simulate, small_
 Run = Callable[..., Result]
 
 LOAD = generate(HeavyTails(rate=4, tenants=2), 60, seed=1)
-
-
-def sealed(lines: Iterable[str]) -> str:
-    """A journal of changed lines, with the checksums that they would have."""
-    text, crc = "", 0
-    for line in lines:
-        content = {name: value for name, value in json.loads(line).items() if name != "crc"}
-        packed = json.dumps(content, separators=(",", ":"))
-        crc = zlib.crc32(packed.encode(), crc)
-        text += packed[:-1] + f',"crc":{crc}}}\n'
-    return text
 
 
 @pytest.fixture

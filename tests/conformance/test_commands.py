@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import refengine
 from conformance import suspects
 from refengine.cli.commands import refengine as command
+from refengine.program import POLICIES
 from refengine.specification import clauses
 from refengine_conformance import Subject, conform
 from refengine_conformance.bounds import BoundExceeded, check_bound
@@ -109,6 +110,13 @@ def test_what_cannot_be_run_is_told_at_once(arguments: list[str], code: int, tol
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert told in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("conform",), ("run",)])
+def test_the_help_names_every_policy(arguments: tuple[str, ...]) -> None:
+    """Nobody has to guess what may be asked for."""
+    words = re.findall(r"\w+", run(*arguments, "--help").stdout)
+    assert set(POLICIES) <= set(words)
 
 
 def test_without_hypothesis_the_error_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cupy_backend.emulation import EmulatedBackend, EmulatedRuntime
-from cupy_backend.matrices import stored_matrix
+from stored_matrices import stored_matrix
 
 from refengine.backend import load
 from refengine.program import POLICIES, Tracer, symbolic_inputs

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from refengine_cupy.lowering import TILE_SHAPES, stage_bytes, tile_bytes
+from refengine_cupy.attention import tile_bytes
 from refengine_cupy.packing import LAYOUTS
+from refengine_cupy.products import TILE_SHAPES, stage_bytes
 from refengine_cupy.source import FOLDER, pack, structures, text_of
 
 MODULES = sorted(path.stem for path in FOLDER.glob("*.cu"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import zlib
 from collections import defaultdict
 from dataclasses import replace
 from io import StringIO
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from journal_lines import sealed
 from schedules import requests
 from tiny_model import tiny_model
 
@@ -51,17 +51,6 @@ def served(
 
 def read(text: str) -> Record:
     return read_journal(text.splitlines(keepends=True))
-
-
-def sealed(lines: list[str]) -> str:
-    """Lines with checksums of their own, counted apart from the journal."""
-    text, crc = "", 0
-    for line in lines:
-        content = {name: value for name, value in json.loads(line).items() if name != "crc"}
-        packed = json.dumps(content, separators=(",", ":"))
-        crc = zlib.crc32(packed.encode(), crc)
-        text += packed[:-1] + f',"crc":{crc}}}\n'
-    return text
 
 
 def crowd(seed: int = 1) -> list[Request]:

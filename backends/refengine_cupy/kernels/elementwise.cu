@@ -199,22 +199,22 @@ struct Quantize {
     u64 groups;
 };
 
-// Eight threads have a group.
-INLINE void four_of(const Quantize &a, u64 item, float (&x)[4]) {
+// Eight threads have a group: the word of each, and whether there is such a group.
+INLINE bool codes_of_group(const Quantize &a, u64 item, u32 &word, Scalars &found) {
     const bool inside = item < a.groups;
     const float4 four = load_float4(a.x + (inside ? item : 0) * 32 + threadIdx.x % 8 * 4);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    const float x[4] = {four.x, four.y, four.z, four.w};
+    word = codes_of_lane(x, found); // all lanes take part
+    return inside;
 }
 
 KERNEL(quantize_a8, Quantize, 256) {
     wait_for_producer();
     let_consumer_start();
     const u64 item = thread_number() / 8;
-    float x[4];
-    four_of(a, item, x);
+    u32 word;
     Scalars found;
-    const u32 word = codes_of_lane(x, found);
-    if (item >= a.groups) return;
+    if (!codes_of_group(a, item, word, found)) return;
     ((u32 *)(a.codes + item * 32))[word_place(threadIdx.x % 8)] = word;
     if (threadIdx.x % 8 == 0) ((Scalars *)a.scalars)[item] = found;
 }
@@ -224,11 +224,9 @@ KERNEL(quantize_a8_records, Quantize, 256) {
     wait_for_producer();
     let_consumer_start();
     const u64 item = thread_number() / 8;
-    float x[4];
-    four_of(a, item, x);
+    u32 word;
     Scalars found;
-    const u32 word = codes_of_lane(x, found);
-    if (item >= a.groups) return;
+    if (!codes_of_group(a, item, word, found)) return;
     ((u32 *)(a.codes + item * 48))[threadIdx.x % 8] = word;
     if (threadIdx.x % 8 == 0) *(Scalars *)(a.codes + item * 48 + 32) = found;
 }

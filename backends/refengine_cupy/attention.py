@@ -1,0 +1,161 @@
+"""Launches of attention, and of what writes the keys and values that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from refengine.errors import UnsupportedError
+from refengine.program import Instruction
+from refengine_cupy.binding import Binding, operand
+from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
+from refengine_cupy.runtime import Launch
+from refengine_cupy.source import Kernel
+from refengine_cupy.step_shape import Places, StepShape
+
+PARTITION = 128
+"""Positions that attention treats at once; see ``attention.h``."""
+
+MOST_PARTIALS = 512
+"""Partitions, times tokens, whose results attention may keep until they are joined."""
+
+ENOUGH_BLOCKS = 512
+"""Blocks of threads that keep a device busy: with so many, attention need not cut contexts up."""
+
+MOST_HEAD_SIZE = 256
+"""Elements of a head, in attention."""
+
+QUERY_TILE = 64
+"""Queries that attention treats at once, where a sequence has many."""
+
+MOST_TILED_SIZE = 128
+"""Elements of a head, in attention by tiles of queries."""
+
+
+def attention_workspace(instruction: Instruction, sizes: Mapping[str, int]) -> int:
+    """Bytes of what partitions leave to be joined."""
+    q = instruction.operands[0]
+    if q is None:
+        return 0
+    _, heads, size = q.shape
+    return MOST_PARTIALS * int(heads) * (int(size) + 2) * 4
+
+
+def tile_bytes(itemsize: int) -> int:
+    """Shared memory of a tile of queries: ``TileMemory`` in ``attention_tiles.cu``."""
+    floats = QUERY_TILE * ((MOST_TILED_SIZE + 4) + (PARTITION + 4) + (PARTITION // 16 + 1))
+    return 4 * floats + PARTITION * (8 + MOST_TILED_SIZE * itemsize + 16)
+
+
+def kv_write(binding: Binding, at: int, instruction: Instruction) -> Emit:
+    """Keys and values into their slots."""
+    cache, k, v, slots = (operand(instruction, i) for i in range(4))
+    state = binding.state(cache)
+    width = state.kv_heads * state.head_size
+    kernel = elementwise_kernel(f"kv_write_{binding.kv}", "Store")
+
+    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
+        yield over(
+            shape.tokens * width,
+            256,
+            kernel,
+            k=binding.address(k, places),
+            v=binding.address(v, places),
+            slots=binding.address(slots, places),
+            keys=state.keys,
+            values=state.values,
+            block_bytes=state.block_bytes,
+            count=shape.tokens,
+            width=width,
+            block_size=binding.layout.block_size,
+        )
+
+    return emit
+
+
+def rope_write(binding: Binding, q: Instruction, k: Instruction, write: Instruction) -> Emit:
+    """Queries turned, and keys turned on the way into their slots."""
+    state = binding.state(operand(write, 0))
+    heads, size = int(q.result.shape[1]), int(q.result.shape[2])
+    items = (heads + 2 * state.kv_heads) * (size // 2)
+    kernel = elementwise_kernel(f"rope_and_store_{binding.kv}", "Rope")
+
+    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
+        yield launch(
+            kernel, (-(-items // 256), shape.tokens, 1), q=binding.address(operand(q, 0), places),
+            k=binding.address(operand(k, 0), places), v=binding.address(operand(write, 2), places),
+            table=binding.address(operand(q, 1), places), slots=binding.address(operand(write, 3), places),
+            q_out=binding.address(q.result, places), keys=state.keys, values=state.values,
+            block_bytes=state.block_bytes, heads=heads, kv_heads=state.kv_heads, size=size,
+            dims=int(operand(q, 1).shape[1]), halves=int(q.attributes["pairing"] == "halves"),
+            block_size=binding.layout.block_size,
+        )  # fmt: skip
+
+    return emit
+
+
+def attention(binding: Binding, at: int, instruction: Instruction) -> Emit:
+    """Attention: by tiles of queries where sequences have many; else query by query, cut up over its context
+    where the device would have too little to do.
+    """
+    q, cache, tables = (operand(instruction, i) for i in range(3))
+    state = binding.state(cache)
+    heads, size = int(q.shape[1]), int(q.shape[2])
+    if size > MOST_HEAD_SIZE:
+        raise UnsupportedError(
+            f"backend 'cupy' computes attention over heads of at most {MOST_HEAD_SIZE} elements, not {size}"
+        )
+    workspace = binding.plan.workspaces.get(at)
+    window = instruction.attributes.get("window")
+    scale, softcap = instruction.attributes["scale"], instruction.attributes.get("softcap")
+    tiled = Kernel(
+        "attention_tiles",
+        f"attention_tiles_{binding.kv}",
+        "Attention",
+        256,
+        shared=tile_bytes(binding.layout.dtype.itemsize),
+    )
+
+    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
+        given: dict[str, Any] = {
+            "q": binding.address(q, places),
+            "keys": state.keys,
+            "values": state.values,
+            "tables": binding.address(tables, places),
+            "sequences": places.inputs["sequences"],
+            "positions": places.inputs["positions"],
+            "query_starts": places.inputs["query_starts"],
+            "query_tiles": places.inputs["query_tiles"],
+            "y": binding.address(instruction.result, places),
+            "partials": places.arena + workspace.offset if workspace else None,
+            "counters": places.counters,
+            "block_bytes": state.block_bytes,
+            "tokens": shape.tokens,
+            "blocks": shape.blocks,
+            "heads": heads,
+            "kv_heads": state.kv_heads,
+            "size": size,
+            "block_size": binding.layout.block_size,
+            "window": window or 0,
+            "partitions": shape.partitions,
+            "scale": scale,
+            "softcap": softcap or 0.0,
+        }
+        if shape.query_tiles and size % 8 == 0 and size <= MOST_TILED_SIZE:
+            yield launch(tiled, (shape.query_tiles, heads, 1), **given)
+            return
+        busy = shape.tokens * state.kv_heads >= ENOUGH_BLOCKS
+        split = (
+            workspace is not None
+            and shape.partitions > 1
+            and shape.tokens * shape.partitions <= MOST_PARTIALS
+            and not busy
+        )
+        name = f"attention_{'1_' if heads == state.kv_heads else ''}{'split_' if split else ''}{binding.kv}"
+        yield launch(
+            Kernel("attention", name, "Attention", PARTITION),
+            (shape.partitions if split else 1, state.kv_heads, shape.tokens),
+            **given,
+        )
+
+    return emit

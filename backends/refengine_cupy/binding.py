@@ -1,0 +1,115 @@
+"""What a Program's values are bound to: weights, a KV cache, and places in the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from refengine.errors import UnsupportedError
+from refengine.memory import KVLayout
+from refengine.ops.linear_a8 import GROUP
+from refengine.program import Instruction, MemoryPlan, Program, Value, concrete
+from refengine_cupy.kv import LayerPlace
+from refengine_cupy.step_shape import Places, StepShape
+from refengine_cupy.weights import DeviceWeight
+
+
+class Binding:
+    """Where a Program's values are, and what the device is that computes it.
+
+    Args:
+        program: what is computed.
+        plan: where its values lie.
+        weights: by role.
+        states: by name, where layers' keys and values are.
+        layout: of the KV cache.
+        matrix_units: whether the device has kernels for them.
+        multiprocessors: of the device.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        plan: MemoryPlan,
+        weights: Callable[[str], DeviceWeight],
+        states: Mapping[str, LayerPlace],
+        layout: KVLayout,
+        *,
+        matrix_units: bool,
+        multiprocessors: int,
+    ) -> None:
+        self.program, self.plan, self.layout = program, plan, layout
+        self.matrix_units, self.multiprocessors = matrix_units, multiprocessors
+        self.kv = "f16" if layout.dtype == np.float16 else "f32"
+        self._weights, self._states = weights, states
+        self._shown = {i.result.index: operand(i, 0) for i in program if i.op.sharing in ("view", "state")}
+
+    def root(self, value: Value) -> Value:
+        """What a value shows in the end, where it is a view of another or what a write leaves; or itself."""
+        while value.index in self._shown:
+            value = self._shown[value.index]
+        return value
+
+    def address(self, value: Value, places: Places) -> int:
+        """Where a value is in a step."""
+        value = self.root(value)
+        if value.kind == "input":
+            return places.inputs[value.name]
+        if value.kind == "weight":
+            return self._weights(value.name).address
+        if value is self.program.output:
+            return places.output
+        return places.arena + self.plan.placements[value.index].offset
+
+    def codes(self, value: Value, shape: StepShape, places: Places) -> tuple[int, int]:
+        """Addresses of codes and scalars."""
+        address = self.address(value, places)
+        rows, groups = concrete(value.shape, shape.sizes)[:2]
+        return address, address + rows * groups * GROUP
+
+    def weight(self, instruction: Instruction) -> DeviceWeight:
+        """The weight that an instruction reads: its second operand."""
+        return self._weights(operand(instruction, 1).name)
+
+    def bias(self, instruction: Instruction) -> int | None:
+        """Address of an instruction's bias, its third operand, where it has one."""
+        bias = instruction.operands[2] if len(instruction.operands) > 2 else None
+        return None if bias is None else self._weights(bias.name).address
+
+    def state(self, cache: Value) -> LayerPlace:
+        """Where a layer's keys and values are."""
+        return self._states[self.root(cache).name]
+
+    def same_place(self, value: Value, other: Value) -> bool:
+        """Whether two values lie over each other exactly."""
+        return self.plan.placements.get(value.index) == self.plan.placements.get(other.index)
+
+    def apart(self, result: Value, *read: Value) -> bool:
+        """Whether a result lies over none of the values that are read for it."""
+        place = self.plan.placements.get(self.root(result).index)
+        if place is None:
+            return True
+        for value in read:
+            other = self.plan.placements.get(self.root(value).index)
+            if (
+                other
+                and other.offset < place.offset + place.nbytes
+                and place.offset < other.offset + other.nbytes
+            ):
+                return False
+        return True
+
+
+def operand(instruction: Instruction, number: int) -> Value:
+    """An operand that must be there."""
+    value = instruction.operands[number]
+    if value is None:
+        raise UnsupportedError(f"{instruction.op.name} lacks an operand that it needs")
+    return value
+
+
+def plane_addresses(weight: DeviceWeight | None) -> dict[str, int | None]:
+    """Addresses of a weight's planes, by the names of kernels' arguments; ``None`` for those that are not."""
+    held = {} if weight is None else weight.planes
+    return {plane: held.get(plane) for plane in ("codes", "high", "scales", "blocks")}

@@ -1,0 +1,164 @@
+"""Launches of products with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refengine.ops.linear_a8 import GROUP
+from refengine.program import Instruction, Value, concrete
+from refengine_cupy.binding import Binding, operand, plane_addresses
+from refengine_cupy.elementwise import quantize_a8
+from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
+from refengine_cupy.packing import LAYOUTS
+from refengine_cupy.runtime import Launch
+from refengine_cupy.source import Kernel
+from refengine_cupy.step_shape import Places, StepShape
+
+FEW_TOKENS = 4
+"""Up to so many tokens, products go row by row; above, by tiles of matrix units, where there are any."""
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """A version of the kernel for matrix units.
+
+    Attributes:
+        most: tokens up to which it is taken.
+        rows: tiles of 16 rows in a block of threads.
+        tokens: in a block of threads.
+        threads: of a block.
+        stages: of the pipeline through shared memory.
+    """
+
+    most: float
+    rows: int
+    tokens: int
+    threads: int
+    stages: int
+
+
+TILE_SHAPES = {
+    "tiles_16": TileShape(16, 2, 16, 64, 6),
+    "tiles_64": TileShape(128, 2, 64, 128, 5),
+    "tiles_128": TileShape(float("inf"), 8, 64, 256, 3),
+}
+"""By the names of kernels in ``linear_a8_tiles.cu``, which has the same figures."""
+
+STAGE_GROUPS = 4
+"""Groups in a stage."""
+
+
+def stage_bytes(encoding: str, tiles: TileShape) -> int:
+    """Shared memory of one stage: ``Stage`` in ``linear_a8_tiles.cu``."""
+    layout, items = LAYOUTS[encoding], tiles.rows * STAGE_GROUPS * 16
+    weights = items * (layout.codes + max(1, layout.high) + layout.scales)
+    blocks = tiles.rows * 16 * max(1, layout.blocks)
+    fields = 3 if layout.blocks or layout.scales == 4 else 2
+    return weights + blocks + STAGE_GROUPS * tiles.tokens * (32 + 4 * fields)
+
+
+def linear(binding: Binding, at: int, instruction: Instruction) -> Emit:
+    """A product with decoded weights."""
+    x, weight, bias = operand(instruction, 0), binding.weight(instruction), binding.bias(instruction)
+    rows, columns = weight.shape
+    kernel = Kernel("linear", f"linear_{weight.encoding}", "Linear", 256, weight.encoding)
+
+    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
+        tokens = concrete(instruction.result.shape, shape.sizes)[0]
+        if tokens and rows:
+            yield launch(
+                kernel, (-(-rows // 8), -(-tokens // 8), 1), x=binding.address(x, places), bias=bias,
+                y=binding.address(instruction.result, places), tokens=tokens, rows=rows, columns=columns,
+                **plane_addresses(weight),
+            )  # fmt: skip
+
+    return emit
+
+
+def product(
+    binding: Binding,
+    parts: Sequence[Instruction],
+    *,
+    results: Sequence[Value] | None = None,
+    residual: Value | None = None,
+    gated: Instruction | None = None,
+    quantize: Instruction | None = None,
+) -> Emit:
+    """Products of the same codes with up to three weights, and what is fused with them.
+
+    Args:
+        binding: where values are.
+        parts: the products.
+        results: where they go; the parts' results unless others are given.
+        residual: what is added to the one product.
+        gated: reads two of them, and takes their place.
+        quantize: reads ``gated``.
+    """
+    codes = operand(parts[0], 0)
+    weights = [binding.weight(part) for part in parts]
+    encoding, columns = weights[0].encoding, weights[0].shape[1]
+    outputs = results or [part.result for part in parts]
+    fixed: dict[str, Any] = {"columns": columns}
+    for number in range(3):
+        weight = weights[number] if number < len(parts) else None
+        addresses = (
+            plane_addresses(weight) if weight else dict.fromkeys(("codes", "high", "scales", "blocks"))
+        )
+        fixed |= {f"{plane}_{number}": address for plane, address in addresses.items()}
+        fixed[f"rows_{number}"] = weight.shape[0] if weight else 0
+        fixed[f"bias_{number}"] = binding.bias(parts[number]) if weight else None
+    activation = f"_{gated.attributes['activation']}" if gated is not None else ""
+    tiles = [-(-weight.shape[0] // 16) for weight in weights]
+    grid = tiles[0] if gated is not None else sum(tiles)
+
+    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
+        tokens = concrete(codes.shape, shape.sizes)[0]
+        code, scalars = binding.codes(codes, shape, places)
+        values = fixed | {
+            "x_codes": code,
+            "x_scalars": scalars,
+            "codes": None,
+            "scalars": None,
+            "residual": None if residual is None else binding.address(residual, places),
+            "tokens": tokens,
+        }
+        for number in range(3):
+            output = outputs[number] if number < len(outputs) else None
+            values[f"y_{number}"] = None if output is None else binding.address(output, places)
+        if tokens > FEW_TOKENS and binding.matrix_units:
+            yield from _tiles(tokens, encoding, [weight.shape[0] for weight in weights], values)
+            if gated is not None:
+                count = tokens * weights[0].shape[0]
+                yield over(
+                    count, 256, elementwise_kernel(f"gated{activation}", "Binary"), x=values["y_0"],
+                    y=values["y_1"], z=binding.address(gated.result, places), count=count,
+                )  # fmt: skip
+            if quantize is not None:
+                yield from quantize_a8(binding, 0, quantize)(shape, places)
+            return
+        if gated is not None:
+            values["y_0"] = binding.address(gated.result, places)
+        pairs = quantize is not None and tokens == 1
+        if quantize is not None and pairs:
+            values["codes"], values["scalars"] = binding.codes(quantize.result, shape, places)
+        for first in range(0, tokens, FEW_TOKENS):
+            some = min(FEW_TOKENS, tokens - first)
+            version = f"product_{1 if some == 1 else FEW_TOKENS}{activation}_{encoding}"
+            shared = columns // GROUP * 48 if some == 1 else 0
+            kernel = Kernel("linear_a8", version, "Product", 288, encoding, shared)
+            blocks = min(grid // 2 if pairs else grid, 3 * binding.multiprocessors)
+            yield launch(kernel, (blocks, 1, 1), **(values | {"first_token": first, "tokens": some}))
+        if quantize is not None and not pairs:
+            yield from quantize_a8(binding, 0, quantize)(shape, places)
+
+    return emit
+
+
+def _tiles(tokens: int, encoding: str, rows: list[int], values: dict[str, Any]) -> Iterable[Launch]:
+    name, tiles = next((n, t) for n, t in TILE_SHAPES.items() if tokens <= t.most)
+    shared = tiles.stages * stage_bytes(encoding, tiles)
+    kernel = Kernel("linear_a8_tiles", f"{name}_{encoding}", "Product", tiles.threads, encoding, shared)
+    blocks = sum(-(-count // (16 * tiles.rows)) for count in rows)
+    yield launch(kernel, (blocks, -(-tokens // tiles.tokens), 1), **(values | {"first_token": 0}))
