@@ -8,7 +8,12 @@ from importlib.metadata import EntryPoint, entry_points
 
 from refengine.backend.info import BackendInfo
 from refengine.backend.protocol import Backend
-from refengine.errors import BackendFailedError, BackendNotInstalledError, UnknownBackendError
+from refengine.errors import (
+    BackendFailedError,
+    BackendNotInstalledError,
+    RefengineError,
+    UnknownBackendError,
+)
 
 BACKENDS, INFOS = "refengine.backends", "refengine.backend_info"
 
@@ -67,11 +72,12 @@ def load(name: str) -> Backend:
     try:
         backend: Backend = points[name].load()()
     except Exception as cause:
+        known = isinstance(cause, RefengineError)  # a setting that cannot be; else the installation is broken
         raise BackendFailedError(
             state=f"backend {name!r} is installed but failed to start",
             available=_available(),
-            why=f"{type(cause).__name__}: {cause}",
-            mend=install,
+            why=str(cause) if known else f"{type(cause).__name__}: {cause}",
+            mend="change what the reason names, and start again" if known else install,
         ) from cause
     return backend
 

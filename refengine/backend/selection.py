@@ -57,7 +57,7 @@ def select(name: str, program: Program, policy: Policy, encodings: Mapping[str, 
             backend = load(candidate)
             reasons = missing(backend, program, policy, encodings)
         except BackendError as error:
-            reasons = {"": str(error)}
+            reasons = {"": error.why}
         if not reasons:
             return backend
         logging.getLogger("refengine").warning(

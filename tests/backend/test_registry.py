@@ -11,7 +11,13 @@ import pytest
 from refengine import backend
 from refengine.backend import registry
 from refengine.backend.info import BackendInfo
-from refengine.errors import BackendError, BackendFailedError, BackendNotInstalledError, UnknownBackendError
+from refengine.errors import (
+    BackendError,
+    BackendFailedError,
+    BackendNotInstalledError,
+    UnknownBackendError,
+    UnsupportedError,
+)
 from refengine.ops import OPS
 from refengine.program import POLICIES
 
@@ -26,6 +32,13 @@ class Exploding:
         raise OSError("driver too old")
 
 
+class Choosy:
+    """A backend that a setting keeps from starting."""
+
+    def __init__(self) -> None:
+        raise UnsupportedError("THREADS='0' is no number of threads")
+
+
 def explode() -> None:
     """An info that is not one."""
 
@@ -34,8 +47,10 @@ def explode() -> None:
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside NumPy: one backend not installed, one that fails to start, one whose description is broken."""
     made = {
-        registry.BACKENDS: {"missing": "x:Y", "broken": f"{__name__}:Exploding", "odd": "x:Y"},
-        registry.INFOS: {"missing": f"{__name__}:MISSING", "broken": f"{__name__}:SOUND", "odd": "x:Y"},
+        registry.BACKENDS: {"missing": "x:Y", "broken": f"{__name__}:Exploding", "odd": "x:Y"}
+        | {"choosy": f"{__name__}:Choosy"},
+        registry.INFOS: {"missing": f"{__name__}:MISSING", "broken": f"{__name__}:SOUND", "odd": "x:Y"}
+        | {"choosy": f"{__name__}:SOUND"},
     }
     real = registry.entry_points
 
@@ -62,7 +77,8 @@ def test_numpy_is_registered_and_supports_everything() -> None:
     [
         ("nmupy", UnknownBackendError, "no installed package", "'numpy'"),
         ("missing", BackendNotInstalledError, "no module x", "refengine[missing]"),
-        ("broken", BackendFailedError, "driver too old", "refengine[broken]"),
+        ("broken", BackendFailedError, "OSError: driver too old", "refengine[broken]"),
+        ("choosy", BackendFailedError, "THREADS='0' is no number", "change what the reason names"),
     ],
 )
 @pytest.mark.usefixtures("plugins")
