@@ -16,7 +16,7 @@ from refengine.memory import KVLayout
 from refengine.ops import OPS
 from refengine.program import Instruction, MemoryPlan, Policy, Program, golden_workspace
 from refengine.quantizer import ENCODINGS, LazyTensor
-from refengine_numba import isa
+from refengine_numba import isa, machine_code
 from refengine_numba.binding import Binding
 from refengine_numba.executable import NumbaExecutable
 from refengine_numba.layout import LAYOUTS
@@ -24,8 +24,11 @@ from refengine_numba.lowering import LOWERINGS, VIEWS, workspace
 from refengine_numba.team import Team, thread_count
 from refengine_numba.weights import TiledWeights, plan_tiles
 
-IMPORT_BYTES = 128 * 2**20
-"""What Numba, LLVM and the kernels take in a process."""
+LINKER_BYTES = 48 * 2**20
+"""What LLVM's linker, the kernels and this backend's modules take in a process."""
+
+COMPILER_BYTES = 288 * 2**20
+"""What Numba takes besides, where it compiles in the same process, since nothing can be kept on disk."""
 
 POLICIES = ("float32", "mixed8", "mixed16")
 """The precision policies that there are kernels for."""
@@ -35,20 +38,26 @@ class NumbaBackend:
     """Compiled kernels on the CPU, over weights repacked for its vector units.
 
     ``REFENGINE_THREADS`` says how many threads compute (one per core), ``REFENGINE_NUMBA_ISA`` for which
-    instruction set (the best there is), ``REFENGINE_NUMBA_CACHE`` where compiled code is kept.
+    instruction set (the best there is), ``REFENGINE_NUMBA_CACHE`` where compiled code is kept, and
+    ``REFENGINE_NUMBA_TILES`` where repacked weights are, if anywhere.
 
     Raises:
         UnsupportedError: one of these says what cannot be.
     """
 
     name = "numba"
-    import_bytes = IMPORT_BYTES
 
     def __init__(self) -> None:
         self._isa, self._team = isa.choose(), Team(thread_count())
         self._weights: list[TiledWeights] = []
         self._caches: list[HostKVStorage] = []
         self._arena_bytes = 0
+
+    @property
+    def import_bytes(self) -> int:
+        """Little, if kernels are loaded from disk, and compiled elsewhere where they are not there yet."""
+        elsewhere = machine_code.folder() is not None and not machine_code.checks_bounds()
+        return LINKER_BYTES if elsewhere else LINKER_BYTES + COMPILER_BYTES
 
     def devices(self) -> tuple[Device, ...]:
         """The CPU."""
@@ -86,7 +95,7 @@ class NumbaBackend:
         self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
     ) -> TiledWeights:
         """Take the weights; what a program needs of them is repacked when it is compiled."""
-        self._weights.append(TiledWeights(weights))
+        self._weights.append(TiledWeights(weights, self._team))
         return self._weights[-1]
 
     def create_cache(self, layout: KVLayout) -> HostKVStorage:

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from refengine_numba import machine_code
+from refengine_numba.compiler import announce, compiler
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
 """The signature of every entry; who calls it lets others have the interpreter."""
@@ -47,17 +48,26 @@ def entry(name: str, *options: str) -> Entry:
     """The entry that ``module.what`` names: made by ``what_entry(*options)`` in ``kernels.module``.
 
     Its machine code comes from disk if it was compiled before on this machine; else it is compiled now, which
-    takes a second or more, and kept.
+    takes a second or more: by another process, which keeps it, or by this one, where nothing can be kept.
 
     Raises:
         KeyError: the options are none that the kernel knows.
     """
     label = "-".join((name, *options))
-    known = None if machine_code.checks_bounds() else machine_code.load(label)
+    if machine_code.checks_bounds():
+        compiled = compile_here(name, *options)
+        return Entry(label, compiled.address, compiled)
+    known = machine_code.load(label)
+    if known is None and machine_code.folder() is not None and compiler().compile(name, *options):
+        known = machine_code.load(label)
     if known is not None:
         return Entry(label, *known)
-    module, _, what = name.partition(".")
-    compiled = getattr(import_module(f"refengine_numba.kernels.{module}"), f"{what}_entry")(*options)
-    if not machine_code.checks_bounds():
-        machine_code.store(label, compiled.symbol, compiled.image)
+    announce()
+    compiled = compile_here(name, *options)
     return Entry(label, compiled.address, compiled)
+
+
+def compile_here(name: str, *options: str) -> Any:
+    """A kernel as :class:`kernels.compilation.Compiled`, by Numba in this process."""
+    module, _, what = name.partition(".")
+    return getattr(import_module(f"refengine_numba.kernels.{module}"), f"{what}_entry")(*options)

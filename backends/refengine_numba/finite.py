@@ -13,7 +13,7 @@ from refengine_numba.layout import LAYOUTS, Layout
 CHUNK_BYTES = 2**20
 """Stored bytes looked at together, so that little memory is used beside them."""
 
-HALVES = {"half": (0,), "pair": (0, 2), "six_bit": (0, 2), "eight_bit": (208,)}
+HALVES = {"half": (0,), "pair": (0, 2), "zero_point": (0,), "six_bit": (0, 2), "eight_bit": (208,)}
 """Where in a stored block float16 numbers stand, by the kind of scales; everything else is an integer."""
 
 EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
@@ -68,6 +68,7 @@ def _factors(layout: Layout) -> tuple[int, ...]:
     return {
         "half": (integer,),
         "pair": (integer, 1),
+        "zero_point": (255,),  # of an integer and a zero point of eight bits
         "six_bit": (63 * integer, 63),
         "eight_bit": (128 * integer,),
     }[layout.scales]

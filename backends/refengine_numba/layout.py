@@ -11,7 +11,7 @@ word for each of 16 rows. *Quarter vectors* of 16 float16 have 32 bytes.
 
 Per 32 weights of a row, one of:
 
-- ``bytes``: 8 vectors; byte j of word i is weight 4i + j, unsigned (128 more than the stored int8).
+- ``bytes``: 8 vectors; byte j of word i is weight 4i + j, unsigned (of Q8_0, 128 more than the stored int8).
 - ``nibbles``: 4 vectors; byte j of word i holds weight 4i + j in its low half, weight 16 + 4i + j in its high
   half (for K-quants, too, whose stored order is another).
 - ``fifth``: 1 vector after ``nibbles``; bit 8j + i of a row's word is the fifth bit of weight 4i + j.
@@ -21,6 +21,7 @@ Per 32 weights of a row, one of:
 In front of them the cell's scales:
 
 - one per 32 weights, ``d``, perhaps ``m``: 16 float16 each.
+- int4_g32 and its kin: ``d`` (16 float16), then ``z`` (16 unsigned bytes), of all the cell's weights.
 - Q4_K, Q5_K: ``d``, ``dmin`` (16 float16 each), then 3 vectors. Of a row's three words, bits 4g..4g + 3 of
   the first are the low half of s[g], of the second that of m[g]; in the third, bits 2g and 2g + 1 are the
   high bits of s[g], bits 16 + 2g and 17 + 2g those of m[g].
@@ -51,8 +52,9 @@ class Layout:
     Attributes:
         encoding: its name.
         bits: of a weight's integer; 0 for encodings without blocks.
-        zero: what is taken from the integer: weight = scale · (integer - zero).
-        scales: ``half`` (d), ``pair`` (d, m), ``six_bit`` (Q4_K, Q5_K), ``eight_bit`` (Q6_K) or ``none``.
+        zero: what is taken from the integer, weight = scale · (integer - zero); 0 where cells hold their own.
+        scales: ``half`` (d), ``pair`` (d, m), ``zero_point`` (d, z), ``six_bit`` (Q4_K, Q5_K), ``eight_bit``
+            (Q6_K) or ``none``.
         scale_bytes: in front of a cell.
         group_bytes: of 32 weights of 16 rows, beside the scales; of one column for encodings without blocks.
     """
@@ -96,6 +98,12 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             Layout("q4_k", 4, 0, "six_bit", 256, 256),
             Layout("q5_k", 5, 0, "six_bit", 256, 320),
             Layout("q6_k", 6, 32, "eight_bit", 288, 384),
+            Layout("int4_g32", 4, 0, "zero_point", 48, 256),
+            Layout("int4_g64", 4, 0, "zero_point", 48, 256),
+            Layout("int4_g128", 4, 0, "zero_point", 48, 256),
+            Layout("int8_g32", 8, 0, "zero_point", 48, 512),
+            Layout("int8_g64", 8, 0, "zero_point", 48, 512),
+            Layout("int8_g128", 8, 0, "zero_point", 48, 512),
             Layout("f16", 0, 0, "none", 0, 32),
             Layout("bf16", 0, 0, "none", 0, 32),
             Layout("f32", 0, 0, "none", 0, 64),

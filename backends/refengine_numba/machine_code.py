@@ -69,11 +69,11 @@ def folder() -> Path | None:
     return path if os.access(path, os.W_OK) else None
 
 
-def store(name: str, symbol: str, image: bytes) -> None:
-    """Keep an object file and the name of its function; without a folder, or room in it, nothing happens."""
+def store(name: str, symbol: str, image: bytes) -> bool:
+    """Keep an object file and the name of its function; whether there was a folder, and room in it."""
     here = folder()
     if here is None or RAISES in image:
-        return
+        return False
     digest = hashlib.sha256(image).hexdigest()
     unfinished = here / f"{name}.{os.getpid()}"
     try:
@@ -81,6 +81,8 @@ def store(name: str, symbol: str, image: bytes) -> None:
         unfinished.replace(here / f"{name}.o")
     except OSError:
         unfinished.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def load(name: str) -> tuple[int, Any] | None:

@@ -15,6 +15,8 @@ from refengine_numba.arguments import Arguments, check
 from refengine_numba.finite import all_finite, fit_float16
 from refengine_numba.layout import GROUP, TILE_ROWS
 from refengine_numba.records import record_bytes
+from refengine_numba.team import Team
+from refengine_numba.tile_store import TileStore
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -48,35 +50,47 @@ class TiledMatrix:
         check("tiles", self.tiles, np.uint8, (nbytes,))
 
     @classmethod
-    def of(cls, tensor: LazyTensor, out: Bytes | None = None, *, halves: bool = False) -> TiledMatrix:
-        """Repack a stored matrix, into ``out`` if given.
+    def of(
+        cls,
+        tensor: LazyTensor,
+        *,
+        halves: bool = False,
+        team: Team | None = None,
+        store: TileStore | None = None,
+    ) -> TiledMatrix:
+        """Repack a stored matrix, or find it repacked.
 
         A part at a time, whose pages of the file are given back: so a matrix is hardly ever held twice.
 
         Args:
             halves: whether its weights will be rounded to float16.
+            team: the threads that repack; the caller's alone if ``None``.
+            store: where repacked matrices are kept, if anywhere.
 
         Raises:
             UnsupportedError: the encoding has no kernels.
-            ValueError: the tensor has not two axes, or ``out`` is not of its size.
+            ValueError: the tensor has not two axes.
             NumericalError: a weight is infinite or NaN, or, for ``halves``, would be.
         """
         if len(tensor.shape) != 2:
             raise ValueError(f"{tensor.name} {list(tensor.shape)} is no matrix")
-        layout, (count, columns) = repack.layout_of(tensor.encoding), tensor.shape
-        tiles = repack.aligned(layout.nbytes(count, columns)) if out is None else out
-        matrix = cls(tensor.encoding, count, columns, tiles)
-        for start, stop, data in _parts(tensor):
-            if not all_finite(tensor.encoding, data):
-                raise NumericalError(
-                    f"tensor {tensor.name} holds NaN or infinity: the file is damaged, "
-                    "or was quantized from damaged weights; get it again or use another one"
-                )
+        nbytes = repack.layout_of(tensor.encoding).nbytes(*tensor.shape)
+        kept = store.find(tensor, nbytes) if store else None
+        if kept is not None:  # it was found finite when it was repacked
             if halves:
-                _check_part(tensor, data)
-            place = slice(layout.nbytes(start, columns), layout.nbytes(stop, columns))
-            repack.pack(tensor.encoding, data, tiles[place])
-        return matrix
+                check_halves(tensor)
+            return cls(tensor.encoding, *tensor.shape, kept)
+        unfinished = store.new(tensor, nbytes) if store else None
+        tiles = unfinished.tiles if unfinished else repack.aligned(nbytes)
+        try:
+            _repack(tensor, tiles, halves, team)
+        except BaseException:
+            if unfinished:
+                unfinished.discard()
+            raise
+        if unfinished:
+            unfinished.finish()
+        return cls(tensor.encoding, *tensor.shape, tiles)
 
     def product(
         self, x: Floats | Bytes, y: Floats, bias: Floats | None = None, *, rows: str = "T"
@@ -145,6 +159,20 @@ class TiledMatrix:
         addresses = [self.tiles.ctypes.data, self.tiles.nbytes, ids.ctypes.data, y.ctypes.data]
         words = np.array([*addresses, len(ids), self.columns], np.int64)
         return Arguments(words, (self.tiles, ids, y), {4: rows})
+
+
+def _repack(tensor: LazyTensor, tiles: Bytes, halves: bool, team: Team | None) -> None:
+    layout, columns = repack.layout_of(tensor.encoding), tensor.shape[1]
+    for start, stop, data in _parts(tensor):
+        if not all_finite(tensor.encoding, data):
+            raise NumericalError(
+                f"tensor {tensor.name} holds NaN or infinity: the file is damaged, "
+                "or was quantized from damaged weights; get it again or use another one"
+            )
+        if halves:
+            _check_part(tensor, data)
+        place = slice(layout.nbytes(start, columns), layout.nbytes(stop, columns))
+        repack.pack(tensor.encoding, data, tiles[place], team)
 
 
 def check_halves(tensor: LazyTensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +9,7 @@ from refengine.errors import UnsupportedError
 from refengine.quantizer import encoding
 from refengine_numba.entries import entry
 from refengine_numba.layout import GROUP, LAYOUTS, TILE_ROWS, Layout, tiles
+from refengine_numba.team import Team
 
 Bytes = NDArray[np.uint8]
 
@@ -26,13 +25,14 @@ def layout_of(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def pack(name: str, data: Bytes, out: Bytes | None = None) -> Bytes:
+def pack(name: str, data: Bytes, out: Bytes | None = None, team: Team | None = None) -> Bytes:
     """Tiles of a stored matrix: uint8 [N, row_bytes] -> uint8 [layout.nbytes(N, K)].
 
     Args:
         name: the encoding.
         data: rows as stored, C-contiguous or not.
         out: where to write, C-contiguous; new, and aligned to a cache line, if ``None``.
+        team: the threads that do it; the caller's alone if ``None``.
 
     Raises:
         UnsupportedError: the encoding has no kernels.
@@ -53,11 +53,11 @@ def pack(name: str, data: Bytes, out: Bytes | None = None) -> Bytes:
         data = np.ascontiguousarray(data)
     whole = rows - rows % TILE_ROWS
     if whole:
-        _pack_tiles(layout, data[:whole], out[: layout.nbytes(whole, columns)])
+        _pack_tiles(layout, data[:whole], out[: layout.nbytes(whole, columns)], team)
     if whole < rows:
         last = np.zeros((TILE_ROWS, data.shape[1]), np.uint8)
         last[: rows - whole] = data[whole:]
-        _pack_tiles(layout, last, out[layout.nbytes(whole, columns) :])
+        _pack_tiles(layout, last, out[layout.nbytes(whole, columns) :], None)
     return out
 
 
@@ -85,13 +85,10 @@ def aligned(nbytes: int) -> Bytes:
     return buffer[start : start + nbytes]
 
 
-def _pack_tiles(layout: Layout, data: Bytes, out: Bytes) -> None:
+def _pack_tiles(layout: Layout, data: Bytes, out: Bytes, team: Team | None) -> None:
     """Whole tiles of rows that need not follow each other closely."""
     words = [data.ctypes.data, data.strides[0], out.ctypes.data, len(data) // TILE_ROWS, data.shape[1]]
-    arguments = np.array(words, np.int64)
-    entry("packing.pack", layout.encoding).function(
-        0, 1, arguments.ctypes.data_as(ctypes.POINTER(ctypes.c_int64))
-    )
+    (team or Team(1)).run(entry("packing.pack", layout.encoding), np.array(words, np.int64))
 
 
 # The way back, in NumPy: cells [tiles, blocks, cell_bytes] to blocks [tiles, blocks, 16 rows, block_bytes].
@@ -113,6 +110,10 @@ def _unpack_cells(layout: Layout, cells: Bytes, blocks: Bytes) -> None:
                 scales.reshape(*lead, 2, TILE_ROWS, 2).swapaxes(-3, -2).reshape(*lead, TILE_ROWS, 4)
             )
             fields = blocks[..., 4:]
+        case "zero_point":
+            blocks[..., 0:2] = scales[..., :32].reshape(*lead, TILE_ROWS, 2)
+            blocks[..., 2] = scales[..., 32:]
+            fields = blocks[..., 3:]
         case "six_bit":
             halves = scales[..., :64].reshape(*lead, 2, TILE_ROWS, 2)
             blocks[..., 0:4] = halves.swapaxes(-3, -2).reshape(*lead, TILE_ROWS, 4)
@@ -124,16 +125,16 @@ def _unpack_cells(layout: Layout, cells: Bytes, blocks: Bytes) -> None:
             pairs = scales[..., 32:].reshape(*lead, 8, TILE_ROWS, 2).swapaxes(-3, -2)
             blocks[..., 192:208] = pairs.reshape(*lead, TILE_ROWS, 16)
             fields = blocks[..., :192]
-    groups = cells[..., layout.scale_bytes :].reshape(*lead, -1, layout.group_bytes)
-    _unpack_groups(layout, groups, fields)
+    integers = cells[..., layout.scale_bytes :]
+    if layout.bits in (4, 8) and layout.scales != "six_bit":  # in the order of the stored bytes
+        words = integers.reshape(*lead, -1, TILE_ROWS, 4).swapaxes(-3, -2)
+        fields[...] = words.reshape(fields.shape) ^ (layout.zero if layout.bits == 8 else 0)
+    else:
+        _unpack_groups(layout, integers.reshape(*lead, -1, layout.group_bytes), fields)
 
 
 def _unpack_groups(layout: Layout, groups: Bytes, fields: Bytes) -> None:
     lead = groups.shape[:-1]
-    if layout.bits == 8:
-        words = groups.reshape(*lead, 8, TILE_ROWS, 4).swapaxes(-3, -2)
-        fields[...] = words.reshape(fields.shape) ^ 128
-        return
     nibbles = groups[..., :256].reshape(*lead, 4, TILE_ROWS, 4).swapaxes(-3, -2).reshape(*lead, TILE_ROWS, 16)
     low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).swapaxes(-3, -2)
     high = None
@@ -149,8 +150,6 @@ def _unpack_groups(layout: Layout, groups: Bytes, fields: Bytes) -> None:
 
 def _store_integers(layout: Layout, low: Bytes, high: Bytes | None, fields: Bytes) -> None:
     match layout.encoding:
-        case "q4_0" | "q4_1":
-            fields[...] = low[..., 0, :16] | low[..., 0, 16:] << 4
         case "q5_0" | "q5_1" if high is not None:
             fields[..., :4] = np.packbits(high[..., 0, :], axis=-1, bitorder="little")
             fields[..., 4:] = low[..., 0, :16] | low[..., 0, 16:] << 4

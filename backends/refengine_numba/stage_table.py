@@ -49,6 +49,7 @@ class StageTable:
             for at, symbol in stage.arguments.symbols.items():
                 symbols.setdefault(symbol, []).append(start + at)
         self._symbols = {symbol: np.array(places) for symbol, places in symbols.items()}
+        self._sizes: dict[str, int] = {}  # as the arguments have them now
         self._moving = {
             name: np.flatnonzero(self._arguments == _address(array)) for name, array in moving.items()
         }
@@ -58,7 +59,9 @@ class StageTable:
     ) -> None:
         """Run all stages for a step of these sizes, with these arrays in the place of the moving ones."""
         for symbol, places in self._symbols.items():
-            self._arguments[places] = sizes[symbol]
+            if self._sizes.get(symbol) != sizes[symbol]:  # in decoding, they stay for long
+                self._arguments[places] = sizes[symbol]
+                self._sizes[symbol] = sizes[symbol]
         for name, places in self._moving.items():
             self._arguments[places] = _address(moving[name])
         team.run(entry("stages.run_stages"), self._words, threads)

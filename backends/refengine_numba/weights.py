@@ -14,6 +14,8 @@ from refengine.program import Program
 from refengine.quantizer import LazyTensor
 from refengine_numba.matrix import TiledMatrix, check_halves
 from refengine_numba.repack import layout_of
+from refengine_numba.team import Team
+from refengine_numba.tile_store import TileStore
 
 
 def plan_tiles(program: Program, weights: Mapping[str, LazyTensor]) -> WeightPlan:
@@ -41,13 +43,14 @@ class TiledWeights:
 
     Args:
         stored: by role.
+        team: the threads that repack.
 
     Attributes:
         held: bytes held now.
     """
 
-    def __init__(self, stored: Mapping[str, LazyTensor]) -> None:
-        self._stored = stored
+    def __init__(self, stored: Mapping[str, LazyTensor], team: Team | None = None) -> None:
+        self._stored, self._team, self._store = stored, team, TileStore.chosen()
         self._matrices: dict[str, TiledMatrix] = {}
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self._halves: set[str] = set()
@@ -69,7 +72,9 @@ class TiledWeights:
             UnsupportedError: the encoding has no kernels.
         """
         if role not in self._matrices:
-            self._matrices[role] = TiledMatrix.of(self._stored[role], halves=halves)
+            self._matrices[role] = TiledMatrix.of(
+                self._stored[role], halves=halves, team=self._team, store=self._store
+            )
             self.held += self._matrices[role].tiles.nbytes
         elif halves and role not in self._halves:
             check_halves(self._stored[role])

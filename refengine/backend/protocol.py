@@ -112,14 +112,16 @@ class Backend(Protocol):
 
     Attributes:
         name: what the user types.
-        import_bytes: what its code takes in a process once it is imported and has run: a stated constant,
-            beside all that ``memory`` tells.
 
     Clauses: BCK-1.
     """
 
     name: str
-    import_bytes: int
+
+    @property
+    def import_bytes(self) -> int:
+        """What its code takes in a process once it has run, beside all that ``memory`` tells."""
+        ...
 
     def devices(self) -> tuple[Device, ...]:
         """The devices it can use, best first."""

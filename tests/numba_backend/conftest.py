@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from refengine.quantizer import ENCODINGS
+from stored_matrices import stored_matrix
 
 REASON = next(
     (
@@ -35,40 +34,6 @@ class SkippedModule(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     return SkippedModule.from_parent(parent, path=module_path) if REASON else None
-
-
-HALVES = {
-    "q4_0": [0],
-    "q4_1": [0, 2],
-    "q5_0": [0],
-    "q5_1": [0, 2],
-    "q8_0": [0],
-    "q4_k": [0, 2],
-    "q5_k": [0, 2],
-    "q6_k": [208],
-}
-"""Where in a block float16 numbers stand."""
-
-
-def stored_matrix(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Stored bytes [rows, row_bytes] of ordinary, finite weights of either sign, about one in size."""
-    rng = np.random.default_rng([seed, rows, columns])
-    weights = rng.standard_normal((rows, columns)).astype(np.float32)
-    match name:
-        case "f32":
-            return weights.view(np.uint8)
-        case "f16":
-            return weights.astype(np.float16).view(np.uint8)
-        case "bf16":
-            return np.ascontiguousarray(weights.view(np.uint16)[:, 1::2]).view(np.uint8)
-    stored = ENCODINGS[name]
-    data = rng.integers(0, 256, (rows, stored.row_bytes(columns)), dtype=np.uint8)
-    blocks = data.reshape(rows, -1, stored.block_bytes)
-    size = {4: 0.1, 5: 0.05, 8: 0.01, 6: 0.0005}[int(name[1])] / (60 if name in ("q4_k", "q5_k") else 1)
-    for at in HALVES[name]:
-        halves = (rng.standard_normal(blocks.shape[:2]) * size).astype("<f2")
-        blocks[..., at : at + 2] = halves[..., None].view(np.uint8)
-    return data
 
 
 def run(compiled: Any, arguments: Any, threads: int = 1, at_once: bool = False) -> None:

@@ -80,7 +80,7 @@ def test_every_float16_rounding_is_the_nearest(call: Run) -> None:
 
 CHECKED = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import numpy as np
 from conftest import run
 from test_attention_kv_write import LayerCache, pools, written
@@ -95,7 +95,7 @@ print("done")
 
 def test_no_kernel_leaves_its_arrays() -> None:
     """Compiled with bounds checking, every access is inside."""
-    code = CHECKED.format(folder=str(Path(__file__).parent))
+    code = CHECKED.format(folders=[str(Path(__file__).parents[i]) for i in (0, 1)])
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

@@ -127,7 +127,7 @@ def test_tanh_at_the_edges(call: Run) -> None:
 BITS = """
 import sys, zlib
 import numpy as np
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from conftest import run
 from test_functions import applied, dense, exp_entry, tanh_entry
 x = np.concatenate([dense(-110, 95, 2**14), np.float32([np.inf, -np.inf])])
@@ -144,7 +144,7 @@ def test_every_instruction_set_gives_the_same_bits(features: str, call: Run) -> 
     expected = [zlib.crc32(applied(compiled, x, call).tobytes()) for compiled in (exp_entry, tanh_entry)]
     variables = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features}
     done = subprocess.run(
-        [sys.executable, "-c", BITS.format(folder=str(Path(__file__).parent))],
+        [sys.executable, "-c", BITS.format(folders=[str(Path(__file__).parents[i]) for i in (0, 1)])],
         env=os.environ | variables,
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,13 +44,13 @@ CODE = """
 import sys
 import numpy as np
 sys.path.insert(0, {folder!r})
-from conftest import run, stored_matrix
+from numba_backend.conftest import run, stored_matrix
 from refengine_numba import entries, isa
 from refengine_numba.matrix import TiledMatrix, quantization
 from refengine_numba.records import record_bytes
 from refengine_numba.repack import pack
 results = []
-for name in ("q4_1", "q6_k"):
+for name in ("q4_1", "q6_k", "int4_g64", "int8_g128"):
     matrix = TiledMatrix(name, 33, 256, pack(name, stored_matrix(name, 33, 256)))
     x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
     records, y = np.zeros(record_bytes(3, 256), np.uint8), np.zeros((3, 33), np.float32)
@@ -71,7 +72,7 @@ def test_older_processors_give_the_same_bits(processor: str, features: str, chos
     """Code compiled for a processor without AVX-512, or without any AVX, chooses its path and agrees bit for bit."""
     if chosen not in isa.available(isa.processor_features()):
         pytest.skip(f"this processor has no {chosen}")
-    code = CODE.format(folder=os.path.dirname(__file__))
+    code = CODE.format(folder=str(Path(__file__).parents[1]))
 
     def outcome(**variables: str) -> list[str]:
         environment = os.environ | variables

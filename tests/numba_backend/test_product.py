@@ -107,7 +107,7 @@ def test_extreme_weights_and_codes_stay_exact(name: str, call: Run) -> None:
             assert mixed8(tiled, x, path, call).tobytes() == defined.tobytes(), (fill, path)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q6_k", "f16"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q6_k", "int4_g128", "f16"])
 def test_an_elements_bits_depend_on_its_own_rows(name: str, call: Run, matrix: Matrix) -> None:
     """Alone, anywhere among up to 300 rows, by one, two or three threads, beside NaN: the same bits."""
     tiled, _, x = case(name, 50, 512, 300, matrix)

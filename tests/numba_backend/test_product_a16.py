@@ -222,7 +222,7 @@ def test_a_matrix_rows_do_not_mix(call: Run, matrix: Matrix) -> None:
 def checksum(call: Run, matrix: Matrix) -> str:
     """Of products of one row and of several."""
     digest = hashlib.sha256()
-    for name, columns in [("q4_1", 256), ("q6_k", 256), ("f16", 37), ("f32", 37)]:
+    for name, columns in [("q4_1", 256), ("q6_k", 256), ("int8_g64", 256), ("f16", 37), ("f32", 37)]:
         tiled, _, x = case(name, 33, columns, 5, matrix)
         x *= np.float32([[1], [1e6], [1e-6], [1e30], [2.0**-20]])
         for some in (x, x[1:2].copy()):

@@ -26,9 +26,7 @@ def multiply_keys(isa: str, work: Any, keys: int, q: int, size: int, scores: int
 
 
 @inlined(multiply_keys)
-def _multiply_keys(
-    isa: Any, work: Any, keys: Any, q: Any, size: Any, scores: Any, rows: Any
-) -> Callable[..., Any]:
+def _multiply_keys(isa: Any) -> Callable[..., Any]:
     vectors = vectors_of(isa.literal_value)
 
     def multiply(isa: str, work: Any, keys: int, q: int, size: int, scores: int, rows: int) -> None:
@@ -99,18 +97,7 @@ def add_values(
 
 
 @inlined(add_values)
-def _add_values(
-    isa: Any,
-    work: Any,
-    values: Any,
-    width: Any,
-    weights: Any,
-    first: Any,
-    last: Any,
-    sums: Any,
-    factors: Any,
-    rows: Any,
-) -> Callable[..., Any]:
+def _add_values(isa: Any) -> Callable[..., Any]:
     wide = vectors_of(isa.literal_value)
 
     def add(

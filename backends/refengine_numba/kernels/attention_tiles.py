@@ -32,9 +32,7 @@ def load_keys(
 
 
 @inlined(load_keys)
-def _load_keys(
-    kind: Any, pool: Any, places: Any, here: Any, ahead: Any, size: Any, work: Any, at: Any
-) -> Callable[..., Any]:
+def _load_keys(kind: Any) -> Callable[..., Any]:
     nbytes = NUMBER_BYTES[kind.literal_value]
     turn = {"f16": turn_f16, "f32": turn_f32}[kind.literal_value]
     one = {"f16": one_f16, "f32": one_f32}[kind.literal_value]
@@ -58,7 +56,7 @@ def copy_row(kind: str, pool: Any, place: int, size: int, work: Any, at: int) ->
 
 
 @inlined(copy_row)
-def _copy_row(kind: Any, pool: Any, place: Any, size: Any, work: Any, at: Any) -> Callable[..., Any]:
+def _copy_row(kind: Any) -> Callable[..., Any]:
     nbytes = NUMBER_BYTES[kind.literal_value]
     vector = {"f16": load_f16, "f32": load_f32}[kind.literal_value]
     one = {"f16": one_f16, "f32": one_f32}[kind.literal_value]
@@ -83,9 +81,7 @@ def load_values(
 
 
 @inlined(load_values)
-def _load_values(
-    kind: Any, pool: Any, places: Any, here: Any, ahead: Any, count: Any, size: Any, work: Any, at: Any
-) -> Callable[..., Any]:
+def _load_values(kind: Any) -> Callable[..., Any]:
     nbytes = NUMBER_BYTES[kind.literal_value]
 
     def load(

@@ -7,11 +7,11 @@ but not when a function that was inlined into it does, and it takes Numba to rea
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, wraps
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -67,39 +67,30 @@ def entry(signature: str) -> Callable[[Callable[..., Any]], Compiled]:
     def decorate(function: Callable[..., Any]) -> Compiled:
         with _own_cache() as cached:
             compiled = numba.cfunc(signature, nopython=True, cache=cached, error_model="numpy")(function)
-        if not compiled.cache_hits:
-            _announce()
         return Compiled(compiled, compiled.address)
 
     return decorate
 
 
-@cache
-def _announce() -> None:
-    """Say, once a process, why it takes so long."""
-    folder = machine_code.folder()
-    logging.getLogger("refengine").warning(
-        "compiling kernels for this processor%s",
-        f": once, they are kept in {folder}"
-        if folder
-        else f"; {machine_code.VARIABLE} names no folder to keep them in",
-    )
-
-
 def inlined(target: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Say how compiled code computes ``target``: a function of the arguments' types gives its Python text.
 
-    Literal strings and integers are seen as such; the code goes into its caller.
+    The function names the arguments it chooses by, as ``target`` does; literal strings and integers are seen
+    as such. The code goes into its caller.
     """
+    signature = inspect.signature(target)
 
     def decorate(choose: Callable[..., Any]) -> Any:
-        @wraps(choose)
+        wanted = inspect.signature(choose).parameters
+
         def chosen(*args: Any, **kws: Any) -> Any:
+            types = signature.bind(*args, **kws).arguments
             try:
-                return choose(*args, **kws)
+                return choose(*(types[name] for name in wanted))
             except AttributeError:  # Numba tries without literals, too: nothing to choose by
                 return None
 
+        chosen.__signature__ = signature  # type: ignore[attr-defined]  # where Numba looks for it
         options = {"forceinline": True, "error_model": "numpy"}
         return overload(target, prefer_literal=True, strict=False, jit_options=options)(chosen)
 

@@ -65,7 +65,7 @@ def formula(name: str, x: Any, y: Any, factor: Any) -> Any:
 
 
 @inlined(formula)
-def _formula(name: Any, x: Any, y: Any, factor: Any) -> Any:
+def _formula(name: Any) -> Any:
     chosen = FORMULAS[name.literal_value]
 
     def run(name: str, x: Any, y: Any, factor: Any) -> Any:

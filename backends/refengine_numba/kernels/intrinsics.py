@@ -107,9 +107,9 @@ def _portable(builder: Any, words: list[Any], codes: list[Any]) -> Any:
     return total
 
 
-def centred_products(builder: Any, isa: str, bits: int, zero: int, words: Any, codes: Any, sums: Any) -> Any:
-    """LLVM code of sum (weight - zero) · code, over words of four columns; ``sums`` is the codes' own sum."""
-    centred = False
+def uncentred_products(builder: Any, isa: str, bits: int, words: Any, codes: Any) -> tuple[Any, int]:
+    """LLVM code of sum (weight - middle) · code, over words of four columns, and the middle: 0 or 128."""
+    middle = 0
     if isa == "avx512-vnni":
         total = _vnni(builder, words, codes, 16)
     elif isa in ("avx-vnni", "avx2"):
@@ -119,18 +119,14 @@ def centred_products(builder: Any, isa: str, bits: int, zero: int, words: Any, c
             if isa == "avx-vnni":
                 halves.append(_vnni(builder, part, codes, 8))
             elif bits == 8:
-                if zero != 128:
-                    raise NotImplementedError("bytes on AVX2 are bytes around 128")
                 halves.append(_signed_maddubs(builder, part, codes))
-                centred = True
+                middle = 128
             else:
                 halves.append(_maddubs(builder, part, codes, bits))
         total = _joined(builder, *halves)
     else:
         total = _portable(builder, words, codes)
-    if zero and not centred:
-        total = builder.sub(total, splatted(builder, builder.mul(sums, I32(zero))))
-    return total
+    return total, middle
 
 
 @intrinsic(prefer_literal=True)
@@ -142,7 +138,7 @@ def centred_dot(
     Args:
         isa: an instruction set, literal.
         bits: of a weight, literal.
-        zero: the weight that stands for nothing, literal.
+        zero: the weight that stands for nothing: literal, or one for each lane.
         words: as many vectors as there are words of four columns.
         records: bytes of quantized activations.
         codes_at: where the codes start in them.
@@ -156,14 +152,17 @@ def centred_dot(
         where = address(context, builder, records, args[4], args[5], 4 * len(parts))
         pointer = builder.bitcast(where, I32.as_pointer())
         codes = [builder.load(builder.gep(pointer, [I32(i)]), align=4) for i in range(len(parts))]
-        if zero.literal_value:
-            there = address(context, builder, records, args[4], args[6], 4)
-            sums = builder.load(builder.bitcast(there, I32.as_pointer()), align=4)
+        total, middle = uncentred_products(builder, isa.literal_value, bits.literal_value, parts, codes)
+        if isinstance(zero, types.IntegerLiteral) and zero.literal_value == middle:
+            return total
+        there = address(context, builder, records, args[4], args[6], 4)
+        sums = builder.load(builder.bitcast(there, I32.as_pointer()), align=4)
+        if isinstance(zero, types.IntegerLiteral):
+            rest = splatted(builder, builder.mul(sums, I32(zero.literal_value - middle)))
         else:
-            sums = None
-        return centred_products(
-            builder, isa.literal_value, bits.literal_value, zero.literal_value, parts, codes, sums
-        )
+            beyond = builder.sub(args[2], ir.Constant(I32V.ir, [middle] * LANES))
+            rest = builder.mul(beyond, splatted(builder, sums))
+        return builder.sub(total, rest)
 
     return I32V(isa, bits, zero, words, records, types.int64, types.int64), codegen
 

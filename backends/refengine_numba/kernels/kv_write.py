@@ -18,7 +18,7 @@ def write_row(kind: str, x: Any, at: int, count: int, pool: Any, to: int) -> Non
 
 
 @inlined(write_row)
-def _write_row(kind: Any, x: Any, at: Any, count: Any, pool: Any, to: Any) -> Callable[..., Any]:
+def _write_row(kind: Any) -> Callable[..., Any]:
     def halves(kind: str, x: Any, at: int, count: int, pool: Any, to: int) -> None:
         whole = count // LANES * LANES
         for i in range(0, whole, LANES):

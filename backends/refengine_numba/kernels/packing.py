@@ -55,9 +55,10 @@ def pack_block(encoding: str, data: Any, at: int, tiles: Any, cell: int, lane: i
 
 
 @inlined(pack_block)
-def _pack_block(encoding: Any, data: Any, at: Any, tiles: Any, cell: Any, lane: Any) -> Callable[..., Any]:
+def _pack_block(encoding: Any) -> Callable[..., Any]:
     layout = LAYOUTS[encoding.literal_value]
     scale_bytes, group_bytes, five = layout.scale_bytes, layout.group_bytes, layout.bits == 5
+    integer_bytes = (layout.cell_bytes - scale_bytes) // TILE_ROWS
 
     def dense(encoding: str, data: Any, at: int, tiles: Any, cell: int, lane: int) -> None:
         width = group_bytes // TILE_ROWS
@@ -83,6 +84,12 @@ def _pack_block(encoding: Any, data: Any, at: Any, tiles: Any, cell: Any, lane: 
             at += 4
         for i in range(16):
             tiles[lane_byte(to, i, lane)] = data[at + i]
+
+    def zero_points(encoding: str, data: Any, at: int, tiles: Any, cell: int, lane: int) -> None:
+        copy(data, at, tiles, cell + 2 * lane, 2)
+        tiles[cell + 32 + lane] = data[at + 2]
+        for i in range(integer_bytes):
+            tiles[lane_byte(cell + scale_bytes, i, lane)] = data[at + 3 + i]
 
     def six_bit_scales(encoding: str, data: Any, at: int, tiles: Any, cell: int, lane: int) -> None:
         copy(data, at, tiles, cell + 2 * lane, 2)
@@ -122,11 +129,15 @@ def _pack_block(encoding: Any, data: Any, at: Any, tiles: Any, cell: Any, lane: 
 
     if layout.bits == 0:
         return dense
-    if layout.bits == 8:
+    if layout.scales == "half" and layout.bits == 8:
         return eight_bits
-    return {"half": classic, "pair": classic, "six_bit": six_bit_scales, "eight_bit": eight_bit_scales}[
-        layout.scales
-    ]
+    return {
+        "half": classic,
+        "pair": classic,
+        "zero_point": zero_points,
+        "six_bit": six_bit_scales,
+        "eight_bit": eight_bit_scales,
+    }[layout.scales]
 
 
 @part

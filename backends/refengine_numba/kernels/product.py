@@ -14,11 +14,7 @@ decoder's bits. A last group of fewer columns has shorter chains.
 rounded to float16 as they are decoded; a row's sums are multiplied by its power of two before the bias is
 added.
 
-``mixed8``: as ``refengine.ops.linear_a8`` defines it, bit for bit. With a record's codes q and scale s, the
-encoding's integers w, scale d, zero z and offset m, a group's sum I of (w - z) · q is exact, and its product
-is added by one fused multiply-add, ``(d · s) · I``, and where there are offsets by one more,
-``m · (s · sum of q)``. In ``q6_k`` I is the sum of both sixteens' integer sums, times their integer scales.
-The d and m of K-quants are ``d · scale`` and ``-(dmin · minimum)``, both exact.
+``mixed8``: as ``refengine.ops.linear_a8`` defines it, bit for bit; see :mod:`codes`.
 """
 
 from __future__ import annotations
@@ -31,15 +27,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from refengine_numba.kernels.codes import add_codes
 from refengine_numba.kernels.compilation import inlined, part
 from refengine_numba.kernels.halves import emitted_nearest, nearest_half
-from refengine_numba.kernels.intrinsics import centred_dot, prefetch
+from refengine_numba.kernels.intrinsics import prefetch
 from refengine_numba.kernels.share import share
-from refengine_numba.kernels.unpacking import byte_pair, emitted_weights, integers, layout_of, scales, weights
+from refengine_numba.kernels.unpacking import (
+    anchored_zero,
+    emitted_weights,
+    group_at,
+    integers,
+    layout_of,
+    scales,
+    weights,
+)
 from refengine_numba.kernels.vectors import (
     F32V,
-    I32,
-    I32V,
     VECTOR_BYTES,
     Stack,
     address,
@@ -55,7 +58,6 @@ from refengine_numba.kernels.vectors import (
     splatted,
     stack_f32,
     store,
-    to_f32,
 )
 from refengine_numba.layout import GROUP, TILE_ROWS
 from refengine_numba.records import CHUNK, RECORD_BYTES
@@ -68,95 +70,6 @@ AHEAD = 8192
 
 
 # ---------------------------------------------------------------------------------------------- one group
-
-
-def add_codes(
-    isa: str, encoding: str, tiles: Any, cell: int, group: int, records: Any, at: int, width: int, sums: Any
-) -> None:
-    """Add a group's products with ``width`` records, the first at ``at``, to as many vectors of ``sums``."""
-    raise NotImplementedError
-
-
-@inlined(add_codes)
-def _add_codes(
-    isa: Any, encoding: Any, tiles: Any, cell: Any, group: Any, records: Any, at: Any, width: Any, sums: Any
-) -> Callable[..., Any]:
-    layout = layout_of(encoding)
-    bits, zero, scale_bytes, group_bytes = layout.bits, layout.zero, layout.scale_bytes, layout.group_bytes
-
-    def centred(
-        isa: str,
-        encoding: str,
-        tiles: Any,
-        cell: int,
-        group: int,
-        records: Any,
-        at: int,
-        width: int,
-        sums: Any,
-    ) -> None:
-        d, _ = scales(encoding, tiles, cell, group)
-        words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
-        for t in range(width):
-            r = at + RECORD_BYTES * t
-            dot = to_f32(centred_dot(isa, bits, zero, words, records, r, r + 40))
-            poke(sums, t, fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t)))
-
-    def affine(
-        isa: str,
-        encoding: str,
-        tiles: Any,
-        cell: int,
-        group: int,
-        records: Any,
-        at: int,
-        width: int,
-        sums: Any,
-    ) -> None:
-        d, m = scales(encoding, tiles, cell, group)
-        words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
-        for t in range(width):
-            r = at + RECORD_BYTES * t
-            dot = to_f32(centred_dot(isa, bits, zero, words, records, r, r + 40))
-            total = fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t))
-            poke(sums, t, fma(m, broadcast_f32(records, r + 36), total))
-
-    def sixteens(
-        isa: str,
-        encoding: str,
-        tiles: Any,
-        cell: int,
-        group: int,
-        records: Any,
-        at: int,
-        width: int,
-        sums: Any,
-    ) -> None:
-        d, (s, z) = load_f16(tiles, cell), byte_pair(tiles, cell + 32 + 32 * group)
-        words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
-        first, second = words[:4], words[4:]
-        for t in range(width):
-            r = at + RECORD_BYTES * t
-            low = centred_dot(isa, bits, 0, first, records, r, r + 40)
-            high = centred_dot(isa, bits, zero, second, records, r + 16, r + 44)
-            low = low - first_sum(records, r, zero)
-            dot = to_f32(s * low + z * high)
-            poke(sums, t, fma(d * broadcast_f32(records, r + 32), dot, peek(sums, t)))
-
-    return {"half": centred, "pair": affine, "six_bit": affine, "eight_bit": sixteens}[layout.scales]
-
-
-@intrinsic(prefer_literal=True)
-def first_sum(typingctx: Any, records: Any, at: Any, zero: Any) -> Any:
-    """``zero`` times the sum of a record's first 16 codes, in all lanes."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        where = address(context, builder, records, args[0], args[1], RECORD_BYTES)
-        words = builder.bitcast(where, I32.as_pointer())
-        both, second = (builder.load(builder.gep(words, [I32(i)]), align=4) for i in (10, 11))
-        return splatted(builder, builder.mul(builder.sub(both, second), I32(zero.literal_value)))
-
-    return I32V(records, types.int64, zero), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -204,20 +117,18 @@ def chain_of_one(
     at: Any,
 ) -> Any:
     """:func:`unpacking.spread` and :func:`chains` for a single row of x, without a way over the stack."""
-    if not (is_flat(x) and isinstance(zero, types.IntegerLiteral)):
+    if not is_flat(x):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         parts = cgutils.unpack_tuple(builder, args[1])
-        weights = emitted_weights(
-            builder, parts, zero.literal_value, args[3], args[4], bool(affine.literal_value)
-        )
+        weights = emitted_weights(builder, parts, args[2], args[3], args[4], bool(affine.literal_value))
         if precision.literal_value == "float16":
             weights = (emitted_nearest(builder, weight) for weight in weights)
         pointer = address(context, builder, x, args[6], args[7], 4 * GROUP)
         return emitted_chains(builder, weights, [pointer])[0]
 
-    return F32V(precision, words, zero, F32V, F32V, affine, x, types.int64), codegen
+    return F32V(precision, words, F32V, F32V, F32V, affine, x, types.int64), codegen
 
 
 def group_of_one(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
@@ -226,16 +137,14 @@ def group_of_one(encoding: str, precision: str, tiles: Any, cell: int, group: in
 
 
 @inlined(group_of_one)
-def _group_of_one(
-    encoding: Any, precision: Any, tiles: Any, cell: Any, group: Any, x: Any, at: Any
-) -> Callable[..., Any]:
+def _group_of_one(encoding: Any) -> Callable[..., Any]:
     layout = layout_of(encoding)
-    zero, scale_bytes, group_bytes = layout.zero, layout.scale_bytes, layout.group_bytes
     affine = 1 if layout.scales in ("pair", "six_bit") else 0
 
     def blocks(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
         first, second = scales(encoding, tiles, cell, group)
-        words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
+        words = integers(encoding, tiles, group_at(encoding, cell, group))
+        zero = anchored_zero(encoding, tiles, cell)
         return chain_of_one(precision, words, zero, first, second, affine, x, at)
 
     def dense(encoding: str, precision: str, tiles: Any, cell: int, group: int, x: Any, at: int) -> Any:
@@ -278,31 +187,9 @@ def add_rest(
 
 
 @inlined(add_rest)
-def _add_rest(
-    encoding: Any,
-    precision: Any,
-    tiles: Any,
-    cell: Any,
-    length: Any,
-    x: Any,
-    at: Any,
-    stride: Any,
-    width: Any,
-    sums: Any,
-) -> Callable[..., Any]:
-    def none(
-        encoding: str,
-        precision: str,
-        tiles: Any,
-        cell: int,
-        length: int,
-        x: Any,
-        at: int,
-        stride: int,
-        width: int,
-        sums: Any,
-    ) -> None:
-        pass
+def _add_rest(encoding: Any) -> Callable[..., Any]:
+    if layout_of(encoding).bits:  # whole blocks, and no rest
+        return lambda encoding, precision, tiles, cell, length, x, at, stride, width, sums: None
 
     def some(
         encoding: str,
@@ -320,7 +207,7 @@ def _add_rest(
             total = columns_sum(encoding, precision, tiles, cell, length, x, at + t * stride)
             poke(sums, t, peek(sums, t) + total)
 
-    return some if layout_of(encoding).bits == 0 else none
+    return some
 
 
 @part
@@ -344,7 +231,7 @@ def column(encoding: str, tiles: Any, cell: int, k: int) -> Any:
 
 
 @inlined(column)
-def _column(encoding: Any, tiles: Any, cell: Any, k: Any) -> Callable[..., Any]:
+def _column(encoding: Any) -> Callable[..., Any]:
     return {
         "f16": lambda encoding, tiles, cell, k: load_f16(tiles, cell + 32 * k),
         "bf16": lambda encoding, tiles, cell, k: load_bf16(tiles, cell + 32 * k),
@@ -361,7 +248,7 @@ def rounded_column(encoding: str, precision: str, tiles: Any, cell: int, k: int)
 
 
 @inlined(rounded_column)
-def _rounded_column(encoding: Any, precision: Any, tiles: Any, cell: Any, k: Any) -> Callable[..., Any]:
+def _rounded_column(encoding: Any, precision: Any) -> Callable[..., Any]:
     if _is_rounded(encoding, precision):
         return lambda encoding, precision, tiles, cell, k: nearest_half(column(encoding, tiles, cell, k))
     return lambda encoding, precision, tiles, cell, k: column(encoding, tiles, cell, k)
@@ -373,7 +260,7 @@ def round_weights(encoding: str, precision: str, stack: Any) -> None:
 
 
 @inlined(round_weights)
-def _round_weights(encoding: Any, precision: Any, stack: Any) -> Callable[..., Any]:
+def _round_weights(encoding: Any, precision: Any) -> Callable[..., Any]:
     def none(encoding: str, precision: str, stack: Any) -> None:
         pass
 
@@ -442,7 +329,7 @@ def multiply_codes(
     groups: int,
     columns: int,
 ) -> None:
-    """``mixed8``; see :mod:`entry` for the arguments."""
+    """``mixed8``; see :mod:`products` for the arguments."""
     sums = stack_f32(CHUNK)
     first, last = share((rows + TILE_ROWS - 1) // TILE_ROWS, thread, threads)
     per_cell, cell_bytes = cell_size(encoding)
@@ -464,29 +351,7 @@ def multiply_codes(
 @part
 def multiply_floats(
     encoding: str,
-    thread: int,
-    threads: int,
-    tiles: Any,
-    x: Any,
-    bias: Any,
-    y: Any,
-    rows: int,
-    size: int,
-    columns: int,
-) -> None:
-    """``float32``; see :mod:`entry` for the arguments."""
-    sums, decoded = stack_f32(CHUNK), stack_f32(GROUP)
-    first, last = share((rows + TILE_ROWS - 1) // TILE_ROWS, thread, threads)
-    for start in range(0, columns, CHUNK):
-        width = min(CHUNK, columns - start)
-        for tile in range(first, last):
-            sum_tile(encoding, "float32", tiles, tile, x, start, size, width, decoded, sums)
-            finish(sums, width, bias, y, start, tile, rows)
-
-
-@part
-def multiply_halves(
-    encoding: str,
+    precision: str,
     thread: int,
     threads: int,
     tiles: Any,
@@ -498,14 +363,18 @@ def multiply_halves(
     size: int,
     columns: int,
 ) -> None:
-    """``mixed16``; see :mod:`entry` for the arguments."""
+    """``float32`` and ``mixed16``; see :mod:`products` for the arguments, and :func:`sum_tile`.
+
+    ``powers`` is empty where rows were not scaled.
+    """
     sums, decoded = stack_f32(CHUNK), stack_f32(GROUP)
     first, last = share((rows + TILE_ROWS - 1) // TILE_ROWS, thread, threads)
     for start in range(0, columns, CHUNK):
         width = min(CHUNK, columns - start)
         for tile in range(first, last):
-            sum_tile(encoding, "float16", tiles, tile, x, start, size, width, decoded, sums)
-            scale_back(sums, width, powers, start)
+            sum_tile(encoding, precision, tiles, tile, x, start, size, width, decoded, sums)
+            if powers.size > 0:
+                scale_back(sums, width, powers, start)
             finish(sums, width, bias, y, start, tile, rows)
 
 
@@ -575,7 +444,7 @@ def ask_for(encoding: str, tiles: Any, cell: int, group: int) -> None:
 
 
 @inlined(ask_for)
-def _ask_for(encoding: Any, tiles: Any, cell: Any, group: Any) -> Callable[..., Any]:
+def _ask_for(encoding: Any) -> Callable[..., Any]:
     layout = layout_of(encoding)
     cells = max(1, GROUP // layout.block_size)
     step = cells * layout.cell_bytes // max(1, layout.block_size // GROUP)
@@ -596,7 +465,7 @@ def tile_size(encoding: str, size: int) -> int:
 
 
 @inlined(tile_size)
-def _tile_size(encoding: Any, size: Any) -> Callable[..., Any]:
+def _tile_size(encoding: Any) -> Callable[..., Any]:
     layout = layout_of(encoding)
     block_size, nbytes = layout.block_size, layout.cell_bytes
     return lambda encoding, size: size // block_size * nbytes

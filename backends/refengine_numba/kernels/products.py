@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from refengine_numba.kernels.compilation import Compiled, entry
+from refengine_numba.kernels.compilation import Compiled, entry, part
 from refengine_numba.kernels.entry import SIGNATURE, bytes_at, floats_at
-from refengine_numba.kernels.product import multiply_codes, multiply_floats, multiply_halves
+from refengine_numba.kernels.product import multiply_codes, multiply_floats
 from refengine_numba.layout import GROUP, LAYOUTS
 from refengine_numba.records import RECORD_BYTES
 
@@ -47,19 +47,7 @@ def float32_entry(encoding: str) -> Compiled:
 
     @entry(SIGNATURE)
     def run(thread: int, threads: int, a: Any) -> None:
-        rows, size, count = a[5], a[6], a[7]
-        multiply_floats(
-            encoding,
-            thread,
-            threads,
-            bytes_at(a[0], a[1]),
-            floats_at(a[2], count * size),
-            floats_at(a[3], rows if a[3] != 0 else 0),
-            floats_at(a[4], count * rows),
-            rows,
-            size,
-            count,
-        )
+        floats(encoding, "float32", thread, threads, a, floats_at(0, 0))
 
     return run
 
@@ -74,19 +62,26 @@ def mixed16_entry(encoding: str) -> Compiled:
 
     @entry(SIGNATURE)
     def run(thread: int, threads: int, a: Any) -> None:
-        rows, size, count = a[5], a[6], a[7]
-        multiply_halves(
-            encoding,
-            thread,
-            threads,
-            bytes_at(a[0], a[1]),
-            floats_at(a[2], count * size),
-            floats_at(a[8], count),
-            floats_at(a[3], rows if a[3] != 0 else 0),
-            floats_at(a[4], count * rows),
-            rows,
-            size,
-            count,
-        )
+        floats(encoding, "float16", thread, threads, a, floats_at(a[8], a[7]))
 
     return run
+
+
+@part
+def floats(encoding: str, precision: str, thread: int, threads: int, a: Any, powers: Any) -> None:
+    """The product with floats, of the arguments that both kinds have."""
+    rows, size, count = a[5], a[6], a[7]
+    multiply_floats(
+        encoding,
+        precision,
+        thread,
+        threads,
+        bytes_at(a[0], a[1]),
+        floats_at(a[2], count * size),
+        powers,
+        floats_at(a[3], rows if a[3] != 0 else 0),
+        floats_at(a[4], count * rows),
+        rows,
+        size,
+        count,
+    )

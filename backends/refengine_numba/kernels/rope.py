@@ -38,7 +38,7 @@ def turn_whole(pairing: str, x: Any, at: int, table: Any, turns: int, y: Any, ha
 
 
 @inlined(turn_whole)
-def _turn_whole(pairing: Any, x: Any, at: Any, table: Any, turns: Any, y: Any, half: Any) -> Any:
+def _turn_whole(pairing: Any) -> Any:
     def interleaved(pairing: str, x: Any, at: int, table: Any, turns: int, y: Any, half: int) -> None:
         for i in range(0, half // LANES * LANES, LANES):
             cosines, sines = load_f32(table, turns + i), load_f32(table, turns + half + i)

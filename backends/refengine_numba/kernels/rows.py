@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from refengine_numba.kernels.compilation import Compiled, entry, inlined, part
@@ -45,7 +46,7 @@ def rest(encoding: str, tiles: Any, begin: int, which: int, y: Any, at: int, siz
 
 
 @inlined(rest)
-def _rest(encoding: Any, tiles: Any, begin: Any, which: Any, y: Any, at: Any, size: Any) -> Any:
+def _rest(encoding: Any) -> Callable[..., Any]:
     def none(encoding: str, tiles: Any, begin: int, which: int, y: Any, at: int, size: int) -> None:
         pass
 

@@ -147,7 +147,7 @@ def write_scales(role: str, form: str, kind: str, block: Any) -> None:
 
 
 @inlined(write_scales)
-def _write_scales(role: Any, form: Any, kind: Any, block: Any) -> Callable[..., None]:
+def _write_scales(role: Any) -> Callable[..., None]:
     def keys(role: str, form: str, kind: str, block: Any) -> None:
         at, centres = scales_at(role, block.data, block.start, block.sizes, 0, block.head)
         for d in range(0, block.sizes.size, LANES):
@@ -213,7 +213,7 @@ def seal_head(role: str, form: str, kind: str, block: Any) -> None:
 
 
 @inlined(seal_head)
-def _seal_head(role: Any, form: Any, kind: Any, block: Any) -> Callable[..., None]:
+def _seal_head(form: Any) -> Callable[..., None]:
     def halves(role: str, form: str, kind: str, block: Any) -> None:
         for position in range(block.sizes.positions):
             row = block.start + 2 * block.sizes.size * (position * block.sizes.kv_heads + block.head)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from refengine_numba.kernels.compilation import inlined
+from refengine_numba.kernels.compilation import inlined, part
 from refengine_numba.kernels.vectors import (
     F32V,
     I32V,
@@ -25,12 +26,16 @@ from refengine_numba.kernels.vectors import (
     load_f32,
     load_i16,
     load_i32,
+    load_u8,
     poke,
     splat_f32,
     splat_i32,
     to_f32,
 )
 from refengine_numba.layout import GROUP, LAYOUTS, Layout
+
+ANCHOR = 2.0**23
+"""An integer below this in the low bits of this float is this plus the integer: no conversion."""
 
 
 def layout_of(encoding: Any) -> Layout:
@@ -43,11 +48,27 @@ def integers(encoding: str, tiles: Any, at: int) -> Any:
     raise NotImplementedError
 
 
+@part
+def zero_points(tiles: Any, cell: int) -> Any:
+    """The integers that stand for nothing, one for each row, where the cell at ``cell`` stores them."""
+    return load_u8(tiles, cell + 32)
+
+
+def anchored_zero(encoding: str, tiles: Any, cell: int) -> Any:
+    """:data:`ANCHOR` plus the integers that stand for nothing, as floats."""
+    raise NotImplementedError
+
+
 def scales(encoding: str, tiles: Any, at: int, group: int) -> Any:
     """Scale and offset of 32 weights, or scales of twice 16 for ``q6_k``; the cell starts at ``at``.
 
     Each is exact, or as the golden decoder rounds it.
     """
+    raise NotImplementedError
+
+
+def group_at(encoding: str, cell: int, group: int) -> int:
+    """Where the bytes of a cell's group start, for :func:`integers`."""
     raise NotImplementedError
 
 
@@ -59,8 +80,15 @@ def weights(encoding: str, tiles: Any, cell: int, group: int, stack: Any) -> Non
 # ------------------------------------------------------------------------------------------------ integers
 
 
+@inlined(group_at)
+def _group_at(encoding: Any) -> Callable[..., Any]:
+    layout = layout_of(encoding)
+    scale_bytes, group_bytes = layout.scale_bytes, layout.group_bytes
+    return lambda encoding, cell, group: cell + scale_bytes + group * group_bytes
+
+
 @inlined(integers)
-def _integers(encoding: Any, tiles: Any, at: Any) -> Callable[..., Any]:
+def _integers(encoding: Any) -> Callable[..., Any]:
     return {4: _four_bits, 5: _five_bits, 6: _six_bits, 8: _eight_bits}[layout_of(encoding).bits]
 
 
@@ -131,10 +159,9 @@ def _eight_bits(encoding: str, tiles: Any, at: int) -> Any:
 
 
 @inlined(scales)
-def _scales(encoding: Any, tiles: Any, at: Any, group: Any) -> Callable[..., Any]:
-    return {"half": _half, "pair": _pair, "six_bit": _six_bit, "eight_bit": _eight_bit}[
-        layout_of(encoding).scales
-    ]
+def _scales(encoding: Any) -> Callable[..., Any]:
+    kinds = {"half": _half, "zero_point": _half, "pair": _pair, "six_bit": _six_bit, "eight_bit": _eight_bit}
+    return kinds[layout_of(encoding).scales]
 
 
 def _half(encoding: str, tiles: Any, at: int, group: int) -> Any:
@@ -181,12 +208,10 @@ def byte_pair(typingctx: Any, tiles: Any, at: Any) -> Any:
 
 
 def emitted_weights(
-    builder: Any, words: Any, zero: int, first: Any, second: Any, affine: bool
+    builder: Any, words: Any, zero: Any, first: Any, second: Any, affine: bool
 ) -> Iterator[Any]:
     """LLVM code of 32 weights, one after the other; see :func:`spread` for the arguments."""
-    # An integer below 2**23 in the low bits of this float is that float plus the integer: no conversion.
-    anchor = ir.Constant(I32V.ir, [0x4B000000] * LANES)
-    base = ir.Constant(F32V.ir, [float(2**23 + zero)] * LANES)
+    anchor = ir.Constant(I32V.ir, [int(np.float32(ANCHOR).view(np.int32))] * LANES)
     low_byte = ir.Constant(I32V.ir, [255] * LANES)
     kind = ir.FunctionType(F32V.ir, [F32V.ir] * 3)
     fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
@@ -194,7 +219,7 @@ def emitted_weights(
         for j in range(4):
             byte = builder.lshr(word, ir.Constant(I32V.ir, [8 * j] * LANES)) if j else word
             byte = builder.and_(byte, low_byte) if j < 3 else byte
-            number = builder.fsub(builder.bitcast(builder.or_(byte, anchor), F32V.ir), base)
+            number = builder.fsub(builder.bitcast(builder.or_(byte, anchor), F32V.ir), zero)
             if affine:  # integer times scale is exact: one rounding, as in decode
                 yield builder.call(fma, [number, first, second])
             else:
@@ -207,7 +232,7 @@ def spread(typingctx: Any, words: Any, zero: Any, first: Any, second: Any, affin
 
     Args:
         words: eight vectors.
-        zero: literal; taken from each integer.
+        zero: taken from each integer, as :func:`anchored_zero` gives it.
         first: the scale of weights 0 to 15, or of all where ``affine``.
         second: the scale of weights 16 to 31, or the offset of all where ``affine``.
         affine: literal.
@@ -216,28 +241,34 @@ def spread(typingctx: Any, words: Any, zero: Any, first: Any, second: Any, affin
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         parts = cgutils.unpack_tuple(builder, args[0])
-        all_weights = emitted_weights(
-            builder, parts, zero.literal_value, args[2], args[3], bool(affine.literal_value)
-        )
+        all_weights = emitted_weights(builder, parts, args[1], args[2], args[3], bool(affine.literal_value))
         for k, weight in enumerate(all_weights):
             builder.store(weight, builder.gep(args[5], [ir.IntType(64)(k)]), align=VECTOR_BYTES)
         return context.get_dummy_value()
 
-    return types.void(words, zero, F32V, F32V, affine, stack), codegen
+    return types.void(words, F32V, F32V, F32V, affine, stack), codegen
+
+
+@inlined(anchored_zero)
+def _anchored_zero(encoding: Any) -> Callable[..., Any]:
+    layout = layout_of(encoding)
+    anchor, anchored = ANCHOR, ANCHOR + layout.zero
+    if layout.scales == "zero_point":
+        return lambda encoding, tiles, cell: to_f32(zero_points(tiles, cell)) + splat_f32(anchor)
+    return lambda encoding, tiles, cell: splat_f32(anchored)
 
 
 @inlined(weights)
-def _weights(encoding: Any, tiles: Any, cell: Any, group: Any, stack: Any) -> Callable[..., Any]:
+def _weights(encoding: Any) -> Callable[..., Any]:
     layout = layout_of(encoding)
     if layout.bits == 0:
         return {"f16": _f16, "bf16": _bf16, "f32": _f32}[layout.encoding]
-    zero, scale_bytes, group_bytes = layout.zero, layout.scale_bytes, layout.group_bytes
     affine = 1 if layout.scales in ("pair", "six_bit") else 0
 
     def decoded(encoding: str, tiles: Any, cell: int, group: int, stack: Any) -> None:
         first, second = scales(encoding, tiles, cell, group)
-        words = integers(encoding, tiles, cell + scale_bytes + group * group_bytes)
-        spread(words, zero, first, second, affine, stack)
+        words = integers(encoding, tiles, group_at(encoding, cell, group))
+        spread(words, anchored_zero(encoding, tiles, cell), first, second, affine, stack)
 
     return decoded
 

@@ -88,7 +88,7 @@ def numbers_at(kind: str, data: Any, at: int, count: int) -> Any:
 
 
 @inlined(numbers_at)
-def _numbers_at(kind: Any, data: Any, at: Any, count: Any) -> Callable[..., Any]:
+def _numbers_at(kind: Any) -> Callable[..., Any]:
     def halves(kind: str, data: Any, at: int, count: int) -> Any:
         return load_f16(data, at) if count == LANES else load_first_f16(data, at, count)
 
@@ -120,7 +120,7 @@ def scales_at(role: str, data: Any, start: int, sizes: Any, position: int, head:
 
 
 @inlined(scales_at)
-def _scales_at(role: Any, data: Any, start: Any, sizes: Any, position: Any, head: Any) -> Callable[..., Any]:
+def _scales_at(role: Any) -> Callable[..., Any]:
     def keys(role: str, data: Any, start: int, sizes: Any, position: int, head: int) -> tuple[int, int]:
         return start + head * sizes.size, sizes.kv_heads * sizes.size
 
@@ -146,7 +146,7 @@ def scales(role: str, data: Any, at: int, element: int, count: int) -> Any:
 
 
 @inlined(scales)
-def _scales(role: Any, data: Any, at: Any, element: Any, count: Any) -> Callable[..., Any]:
+def _scales(role: Any) -> Callable[..., Any]:
     def keys(role: str, data: Any, at: int, element: int, count: int) -> Any:
         return get_bytes(data, at + element, count)
 
@@ -193,7 +193,7 @@ def unpacked(form: str, data: Any, at: int, count: int, high: int) -> Any:
 
 
 @inlined(unpacked)
-def _unpacked(form: Any, data: Any, at: Any, count: Any, high: Any) -> Callable[..., Any]:
+def _unpacked(form: Any) -> Callable[..., Any]:
     def int8(form: str, data: Any, at: int, count: int, high: int) -> Any:
         return get_bytes(data, at, count)
 
@@ -239,19 +239,7 @@ def open_rows(
 
 
 @inlined(open_rows)
-def _open_rows(
-    role: Any,
-    form: Any,
-    data: Any,
-    start: Any,
-    sizes: Any,
-    head: Any,
-    offset: Any,
-    count: Any,
-    out: Any,
-    at: Any,
-    width: Any,
-) -> Callable[..., Any]:
+def _open_rows(role: Any, form: Any) -> Callable[..., Any]:
     itemsize = {"float16": 2, "float32": 4}.get(form.literal_value, 0)
 
     def floats(

@@ -282,6 +282,7 @@ def _load(element: ir.Type, kind: Vector, widen: Callable[[Any, Any], Any]) -> A
 load_i32 = _load(I32, I32V, lambda builder, stored: stored)
 load_f32 = _load(F32, F32V, lambda builder, stored: stored)
 load_i8 = _load(I8, I32V, lambda builder, stored: builder.sext(stored, I32V.ir))
+load_u8 = _load(I8, I32V, lambda builder, stored: builder.zext(stored, I32V.ir))
 load_i16 = _load(I16, I32V, lambda builder, stored: builder.sext(stored, I32V.ir))
 
 
