@@ -473,11 +473,14 @@ class Engine:
         numbers = [number for number, _ in compute]
         context_lens = _int32(stops)
         query_starts = np.arange(len(compute) + 1, dtype=np.int32)
-        positions, rows = context_lens - 1, query_starts[:-1]
+        positions = context_lens - 1
+        rows = logit_rows = query_starts[:-1]
         if len(tokens) > len(compute):
             counts = _int32([count for _, count in compute])
             positions, rows = _last(context_lens, counts), rows.repeat(counts)
             np.cumsum(counts, out=query_starts[1:])
+        if len(tokens) > len(compute) or 0 in wanted:
+            logit_rows = _last(query_starts[1:], _int32(wanted))
         tables = tuple([self._memory.padded_tables(numbers, g) for g in range(len(self._pools))])
         size = self.plan.layout.block_size
         batch = StepBatch(
@@ -485,7 +488,7 @@ class Engine:
             positions=positions,
             query_starts=query_starts,
             context_lens=context_lens,
-            logit_rows=_last(query_starts[1:], _int32(wanted)),
+            logit_rows=logit_rows,
             slot_mapping=tuple([slots_of(table, rows, positions, size) for table in tables]),
             block_tables=tables,
         )

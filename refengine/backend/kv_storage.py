@@ -52,7 +52,7 @@ class HostKVStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of all committed segments."""
-        return sum(len(pool.segments) * self._layout.segment_bytes(g) for g, pool in enumerate(self._pools))
+        return sum([pool.nbytes for pool in self._pools])
 
     def commit(self, pool: int, segment: int) -> None:
         """Count a segment; its pages come when they are written."""
@@ -90,6 +90,10 @@ class _Pool:
         count, nbytes = layout.groups[group].num_blocks, layout.block_bytes(group)
         whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
         self.blocks = whole[: count * nbytes].reshape(count, nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.segments) * self._segment_bytes
 
     def commit(self, segment: int) -> None:
         self.segments.commit(segment)

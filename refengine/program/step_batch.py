@@ -82,9 +82,10 @@ def check_step_batch(
         )
     if (batch.context_lens < lengths).any():
         raise RequestError("a sequence has more tokens in the step than positions in its context")
-    if batch.positions.shape != (tokens,) or not np.array_equal(
-        batch.positions, np.repeat(batch.context_lens - starts[1:], lengths) + np.arange(tokens)
-    ):
+    last: IndexArray = batch.context_lens - 1
+    if tokens > sequences:
+        last = np.repeat(batch.context_lens - starts[1:], lengths) + np.arange(tokens, dtype=np.int32)
+    if not np.array_equal(batch.positions, last):
         raise RequestError("positions are not the last ones of each context")
     if not _within(batch.logit_rows, tokens):
         raise RequestError(f"logit_rows {batch.logit_rows.tolist()} lie outside the step's {tokens} tokens")
@@ -110,4 +111,5 @@ def check_step_batch(
 
 
 def _within(values: NDArray[np.integer], end: int) -> bool:
-    return len(values) == 0 or (values.min() >= 0 and values.max() < end)
+    """Whether all lie from 0 to ``end`` - 1: as unsigned integers, those below zero are the largest."""
+    return len(values) == 0 or bool(values.view(f"u{values.itemsize}").max() < end)
