@@ -69,7 +69,7 @@ def draw(results: Results, path: Path) -> None:
 def _panel(axes: Axes, results: Results, key: str, names: list[str], *, labels: bool) -> None:
     files = results.files
     ratios = {name: _ratios(results, name, key) for name in names}
-    least, most = 0.9, 1.1
+    least, most, below = 0.9, 1.1, False
     for number, name in enumerate(names):
         for row, file in enumerate(files):
             ratio = ratios[name].get(file)
@@ -81,12 +81,13 @@ def _panel(axes: Axes, results: Results, key: str, names: list[str], *, labels: 
             axes.plot([ratio.least, ratio.most], [y, y], color=INK, linewidth=1.1, zorder=3)
             _label(axes, y, ratio, key, results.median(file, name, key))
             least, most = min(least, ratio.least), max(most, ratio.most)
+            below = below or ratio.median < 1
     if key == "decode":
         most = max(most, _limits(axes, results))
     axes.axvline(1, color=INK, linewidth=1, zorder=4)
     axes.set_xscale("log", base=2)
     span = most / least
-    axes.set_xlim(least / span**0.46 if least < 0.9 else least / span**0.06, most * span**0.46)
+    axes.set_xlim(least / span ** (0.46 if below else 0.06), most * span**0.46)  # with room for labels
     _ticks(axes)
     axes.set_ylim(len(files) - 0.45, -0.55)
     axes.set_yticks(range(len(files)), files if labels else [""] * len(files), fontsize=10)
