@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import select
 import subprocess
 import sys
+import threading
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 from refengine_numba import machine_code
 
@@ -25,22 +29,21 @@ BOOTSTRAP = (
 
 
 class Compiler:
-    """The process, seen from the one that needs kernels."""
+    """The process, seen from the one that needs kernels; its threads take turns."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._turn = threading.Lock()
 
     def compile(self, name: str, *options: str) -> bool:
         """Have a kernel compiled and kept; tells whether that went well. Ctrl-C ends the process."""
         announce()
-        try:
-            return self._ask([name, *options])
-        except OSError:  # it had ended, or cannot be started
-            self._end()
-        try:
-            return self._ask([name, *options])
-        except OSError:
-            self._end()
+        with self._turn:
+            for _ in range(2):  # it may have ended since the last kernel
+                try:
+                    return self._ask([name, *options])
+                except OSError:
+                    self._end()
             return False
 
     def _ask(self, kernel: list[str]) -> bool:
@@ -69,10 +72,20 @@ class Compiler:
             process.wait()
 
 
-@cache
 def compiler() -> Compiler:
-    """The one of this process."""
+    """The one of this process; one that is forked off has its own."""
+    return _compiler_of(os.getpid())
+
+
+@cache
+def _compiler_of(process: int) -> Compiler:
     return Compiler()
+
+
+def compile_here(name: str, *options: str) -> Any:
+    """A kernel as :class:`kernels.compilation.Compiled`, by Numba in this process."""
+    module, _, what = name.partition(".")
+    return getattr(import_module(f"refengine_numba.kernels.{module}"), f"{what}_entry")(*options)
 
 
 @cache
@@ -89,8 +102,6 @@ def announce() -> None:
 
 def serve() -> int:
     """What the process does: read names of kernels, a line each, and say of each whether it is kept now."""
-    from refengine_numba.entries import compile_here
-
     try:
         while _somebody_asks():
             line = sys.stdin.readline()

@@ -13,11 +13,10 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import import_module
 from typing import Any
 
 from refengine_numba import machine_code
-from refengine_numba.compiler import announce, compiler
+from refengine_numba.compiler import announce, compile_here, compiler
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
 """The signature of every entry; who calls it lets others have the interpreter."""
@@ -65,9 +64,3 @@ def entry(name: str, *options: str) -> Entry:
     announce()
     compiled = compile_here(name, *options)
     return Entry(label, compiled.address, compiled)
-
-
-def compile_here(name: str, *options: str) -> Any:
-    """A kernel as :class:`kernels.compilation.Compiled`, by Numba in this process."""
-    module, _, what = name.partition(".")
-    return getattr(import_module(f"refengine_numba.kernels.{module}"), f"{what}_entry")(*options)
