@@ -24,8 +24,12 @@ from refengine_numba.lowering import LOWERINGS, VIEWS, workspace
 from refengine_numba.team import Team, thread_count
 from refengine_numba.weights import TiledWeights, plan_tiles
 
-LINKER_BYTES = 48 * 2**20
-"""What LLVM's linker, the kernels and this backend's modules take in a process."""
+LINKER_BYTES = 112 * 2**20
+"""What LLVM's linker, the kernels and this backend's modules take in a process at most.
+
+The linker's library is mapped in pieces as large as the system's file cache has them: 42 or 95 MB of it.
+Half of that leaves the process again, as soon as all kernels are linked.
+"""
 
 COMPILER_BYTES = 288 * 2**20
 """What Numba takes besides, where it compiles in the same process, since nothing can be kept on disk."""

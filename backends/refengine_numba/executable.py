@@ -19,6 +19,7 @@ from refengine.program import (
     concrete,
     input_arrays,
 )
+from refengine_numba import machine_code
 from refengine_numba.binding import Binding
 from refengine_numba.golden import GoldenCall
 from refengine_numba.lowering import LOWERINGS, Site, lower
@@ -69,6 +70,7 @@ class NumbaExecutable:
                 self._parts.append(StageTable([stage for site in sites for stage in lower(site)], moving))
             else:
                 self._parts += [GoldenCall(i, at, binding, program.output, OUTPUT) for at, i in group]
+        machine_code.give_back()  # all kernels are there
 
     def run(self, batch: StepBatch) -> FloatArray:
         """One step; see the protocol."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import sys
 from functools import cache, lru_cache
@@ -108,6 +109,28 @@ def load(name: str) -> tuple[int, Any] | None:
     except RuntimeError:
         return None
     return linked[symbol.decode()], linked
+
+
+def give_back() -> None:
+    """Let the linker's own code leave the process, for as long as nothing is linked.
+
+    It is some 20 to 70 MB of a library's file, as much as the system maps around what was touched; it is
+    mapped again when it is needed. Where the system does not tell where it lies, nothing happens.
+    """
+    for address, nbytes in _linker_code():
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED)
+
+
+@cache
+def _linker_code() -> tuple[tuple[int, int], ...]:
+    """Address and bytes of the mappings of LLVM's library that are code: nobody has written there."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or not hasattr(mmap, "MADV_DONTNEED"):
+        return ()
+    mappings = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+    code = [fields[0] for fields in mappings if fields[1] == "r-xp" and fields[-1].endswith("libllvmlite.so")]
+    ends = [[int(end, 16) for end in place.split("-")] for place in code]
+    return tuple((start, stop - start) for start, stop in ends)
 
 
 @cache

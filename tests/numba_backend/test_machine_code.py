@@ -22,6 +22,28 @@ print("numba" in sys.modules, kernel.address != 0)
 """
 
 
+GIVEN_BACK = """
+import numpy as np
+from refengine_numba import machine_code, row_arguments
+from refengine_numba.entries import entry
+from refengine_numba.team import Team
+
+def resident():
+    lines = open("/proc/self/smaps").read().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.endswith("libllvmlite.so") and " r-xp " in line]
+    return sum(int(next(x for x in lines[i:] if x.startswith("Rss:")).split()[1]) for i in starts)
+
+x, y = np.ones((3, 40), np.float32), np.zeros((3, 40), np.float32)
+for name in ("add", "silu"):
+    kernel = entry("elementwise.elementwise", name)
+    touched = resident()
+    machine_code.give_back()
+    print(resident() < touched)
+    Team(1).run(kernel, row_arguments.elementwise(name, x, x, y).words)
+    print(round(float(y[2, 39]), 3))
+"""
+
+
 RUN = """
 import sys
 from refengine_conformance.tiny_model import tiny_model
@@ -101,6 +123,14 @@ DAMAGES = {
     "cut": lambda whole: whole[:-1],
     "bit": lambda whole: whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:],
 }
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_the_linker_leaves_the_process_and_comes_back() -> None:
+    """Its code is read again from its file, and links the next kernel."""
+    done = python(GIVEN_BACK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:4] == ["True", "2.0", "True", "0.731"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

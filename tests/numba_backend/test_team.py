@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -76,16 +75,16 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
 
 def test_threads_end_with_their_team() -> None:
     """A team that nobody holds any more leaves none behind."""
-    before = threading.active_count()
+    before = set(threading.enumerate())  # those of earlier teams may end meanwhile
     team = Team(5)
     visits(team)
-    assert threading.active_count() == before + 4
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 4
     del team
     gc.collect()
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for helper in helpers:
+        helper.join(30)
+    assert not any(helper.is_alive() for helper in helpers)
 
 
 def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from journal_lines import sealed
 from schedules import requests
 from tiny_model import tiny_model
 
-import refengine.engine
 from refengine import Engine, EngineConfig, Request, SamplingParams
 from refengine.backend.numpy_backend import NumpyBackend
 from refengine.engine_journal import EngineJournal, fingerprint, request_of
@@ -377,7 +376,7 @@ def test_without_a_journal_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("hashed although nobody asked")
 
     for name in ("begin", "decide", "submit", "sampled", "end"):
-        monkeypatch.setattr(refengine.engine.EngineJournal, name, never)
+        monkeypatch.setattr(EngineJournal, name, never)
     monkeypatch.setattr("refengine.engine_journal.fingerprint", never)
     monkeypatch.setattr("refengine.engine_journal.sha256", never)
     engine = Engine(MODEL, NumpyBackend(), TIGHT)
