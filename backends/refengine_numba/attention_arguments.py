@@ -40,7 +40,7 @@ def attention_arguments(
     sequences: str = "S",
     columns: str = "M",
 ) -> Arguments:
-    """Arguments of :func:`attention_entry` and :func:`merge_entry`.
+    """Arguments of ``attention_entry.attention`` and ``attention_entry.merge``.
 
     Args:
         q: float32 [T, H, D].
@@ -169,7 +169,7 @@ def sealed_attention_arguments(
     columns: str = "M",
     exact_columns: str = "N",
 ) -> Arguments:
-    """Arguments of ``attention_entry`` and ``merge_entry`` for a sealed cache; others as there.
+    """The same for a sealed cache; what is not named here is as for :func:`attention_arguments`.
 
     Args:
         cache: the layer's sealed blocks.

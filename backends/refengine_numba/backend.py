@@ -59,8 +59,10 @@ class NumbaBackend:
 
     @property
     def import_bytes(self) -> int:
-        """Little, if kernels are loaded from disk, and compiled elsewhere where they are not there yet."""
-        elsewhere = machine_code.folder() is not None and not machine_code.checks_bounds()
+        """Little, unless this process compiles: where kernels can neither be kept nor are there."""
+        here = machine_code.folder()
+        ready = machine_code.can_keep() or (here is not None and any(here.glob("*.o")))
+        elsewhere = ready and not machine_code.checks_bounds()
         return LINKER_BYTES if elsewhere else LINKER_BYTES + COMPILER_BYTES
 
     def devices(self) -> tuple[Device, ...]:

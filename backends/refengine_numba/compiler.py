@@ -91,12 +91,12 @@ def compile_here(name: str, *options: str) -> Any:
 @cache
 def announce() -> None:
     """Say, once a process, why it takes so long."""
-    folder = machine_code.folder()
+    folder = machine_code.folder() if machine_code.can_keep() else None
     logging.getLogger("refengine").warning(
         "compiling kernels for this processor%s",
         f": once, they are kept in {folder}"
         if folder
-        else f"; {machine_code.VARIABLE} names no folder to keep them in",
+        else f"; {machine_code.VARIABLE} names no folder where they can be kept",
     )
 
 

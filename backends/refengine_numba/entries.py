@@ -57,7 +57,7 @@ def entry(name: str, *options: str) -> Entry:
         compiled = compile_here(name, *options)
         return Entry(label, compiled.address, compiled)
     known = machine_code.load(label)
-    if known is None and machine_code.folder() is not None and compiler().compile(name, *options):
+    if known is None and machine_code.can_keep() and compiler().compile(name, *options):
         known = machine_code.load(label)
     if known is not None:
         return Entry(label, *known)

@@ -46,7 +46,7 @@ def checks_bounds() -> bool:
 
 @lru_cache(maxsize=1)
 def folder() -> Path | None:
-    """Where compiled kernels are kept; ``None`` where they are not, or the folder cannot be written."""
+    """Where compiled kernels are kept; ``None`` where they are not, or there can be no such folder."""
     root = os.environ.get(VARIABLE)
     if root == "":
         return None
@@ -67,7 +67,13 @@ def folder() -> Path | None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return path if os.access(path, os.W_OK) else None
+    return path
+
+
+def can_keep() -> bool:
+    """Whether the next start finds what is compiled now: not in an image that is read only."""
+    here = folder()
+    return here is not None and os.access(here, os.W_OK)
 
 
 def store(name: str, symbol: str, image: bytes) -> bool:

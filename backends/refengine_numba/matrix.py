@@ -95,7 +95,7 @@ class TiledMatrix:
     def product(
         self, x: Floats | Bytes, y: Floats, bias: Floats | None = None, *, rows: str = "T"
     ) -> Arguments:
-        """Arguments of ``float32_entry`` (x: float32 [T, K]) or ``mixed8_entry`` (x: their records).
+        """Arguments of ``products.float32`` (x: float32 [T, K]) or ``products.mixed8`` (x: their records).
 
         Args:
             rows: the symbol of the number of rows of x and y.
@@ -124,7 +124,7 @@ class TiledMatrix:
     def product_of_halves(
         self, x: Floats, powers: Floats, y: Floats, bias: Floats | None = None, *, rows: str = "T"
     ) -> Arguments:
-        """Arguments of ``mixed16_entry``.
+        """Arguments of ``products.mixed16``.
 
         Args:
             x: float32 [T, K], rounded to float16.
@@ -143,7 +143,7 @@ class TiledMatrix:
         return Arguments(words, (*plain.arrays, powers), plain.symbols)
 
     def look_up(self, ids: NDArray[np.int32], y: Floats, *, rows: str = "T") -> Arguments:
-        """Arguments of ``rows_entry``: int32 [T] -> float32 [T, K].
+        """Arguments of ``rows.look_up``: int32 [T] -> float32 [T, K].
 
         Args:
             rows: the symbol of the number of ids.
@@ -200,7 +200,7 @@ def _parts(tensor: LazyTensor) -> Iterator[tuple[int, int, Bytes]]:
 
 
 def rounding(x: Floats, rounded: Floats, powers: Floats, *, rows: str = "T") -> Arguments:
-    """Arguments of ``round_entry``: float32 [T, K] -> float32 [T, K], and a power of two for each row.
+    """Arguments of ``halves.round``: float32 [T, K] -> float32 [T, K], and a power of two for each row.
 
     Args:
         rows: the symbol of the number of rows.
@@ -216,7 +216,7 @@ def rounding(x: Floats, rounded: Floats, powers: Floats, *, rows: str = "T") -> 
 
 
 def quantization(x: Floats, records: Bytes, *, rows: str = "T") -> Arguments:
-    """Arguments of ``quantize_entry``: float32 [T, K] -> records.
+    """Arguments of ``activations.quantize``: float32 [T, K] -> records.
 
     Args:
         rows: the symbol of the number of rows.

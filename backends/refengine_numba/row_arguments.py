@@ -23,7 +23,7 @@ PAIRINGS = ("interleaved", "halves")
 
 
 def rms_norm(x: Floats, weight: Floats, y: Floats, *, eps: float, rows: str = "T") -> Arguments:
-    """Arguments of ``rms_norm_entry``: x [T, N] or [T, H, N], weight [N] -> y as x, which it may be.
+    """Arguments of ``norm.rms_norm``: x [T, N] or [T, H, N], weight [N] -> y as x, which it may be.
 
     Args:
         x: float32.
@@ -46,7 +46,7 @@ def rms_norm(x: Floats, weight: Floats, y: Floats, *, eps: float, rows: str = "T
 def take_rows(
     x: Floats, ids: NDArray[np.int32], y: Floats, *, rows: str = "T", taken: str = "R"
 ) -> Arguments:
-    """Arguments of ``take_rows_entry``: x [T, N], ids [R] -> y [R, N], elsewhere.
+    """Arguments of ``copy.take_rows``: x [T, N], ids [R] -> y [R, N], elsewhere.
 
     Args:
         x: float32.
@@ -69,7 +69,7 @@ def take_rows(
 def elementwise(
     name: str, x: Floats, y: Floats | None, out: Floats, *, factor: float = 1.0, rows: str = "T"
 ) -> Arguments:
-    """Arguments of ``elementwise_entry``: float32 arrays [T, …] of one shape; ``out`` may be x or y.
+    """Arguments of ``elementwise.elementwise``: float32 arrays [T, …] of one shape; ``out`` may be x or y.
 
     Args:
         name: of the formula.
@@ -93,11 +93,11 @@ def elementwise(
 
 
 def rope(x: Floats, table: Floats, y: Floats, *, rows: str = "T") -> Arguments:
-    """Arguments of ``rope_entry``: x [T, H, D], table [T, dims] -> y as x, which it may be.
+    """Arguments of ``rope.rope``: x [T, H, D], table [T, dims] -> y as x, which it may be.
 
     Args:
         x: float32.
-        table: float32, as ``rope_table_entry`` writes it.
+        table: float32, as ``rope.rope_table`` writes it.
         y: float32, the result.
         rows: the symbol of T.
 
@@ -122,7 +122,7 @@ def rope_table(
     magnitude: float = 1.0,
     rows: str = "T",
 ) -> Arguments:
-    """Arguments of ``rope_table_entry``: positions [T] -> table [T, 2 · frequencies].
+    """Arguments of ``rope.rope_table``: positions [T] -> table [T, 2 · frequencies].
 
     Args:
         positions: int32.

@@ -54,7 +54,7 @@ def _cores() -> set[int]:
 
 
 class Team:
-    """Calls an entry (see :mod:`entry`) in several threads at once, the caller's among them.
+    """Calls an entry (see :mod:`entries`) in several threads at once, the caller's among them.
 
     Args:
         threads: at least 1.
@@ -78,7 +78,7 @@ class Team:
         """Call ``function(thread, threads, words)`` for every thread, and return when all have returned.
 
         Args:
-            function: an entry, as :func:`compilation.entry` gives it.
+            function: an entry: whatever has its address.
             words: int64, C-contiguous, the entry's arguments.
             most: threads that may take part.
         """

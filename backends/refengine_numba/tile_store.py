@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from functools import cache
-from mmap import ACCESS_WRITE, mmap
+from mmap import ACCESS_READ, ACCESS_WRITE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ class TileStore:
         if path is None:
             return None
         try:
-            with path.open("r+b") as file:  # as new ones are mapped; nobody writes
-                return _mapped(file.fileno()) if os.fstat(file.fileno()).st_size == nbytes else None
+            with path.open("rb") as file:
+                kept = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_READ), np.uint8)
+            return kept if kept.nbytes == nbytes else None
         except (OSError, ValueError):
             return None
 
@@ -100,7 +101,7 @@ class Unfinished:
         try:
             with self._written.open("w+b") as file:
                 _reserve(file.fileno(), nbytes)
-                self.tiles = _mapped(file.fileno())
+                self.tiles = np.frombuffer(mmap(file.fileno(), 0, access=ACCESS_WRITE), np.uint8)
         except OSError:
             self.discard()
             raise
@@ -112,10 +113,6 @@ class Unfinished:
     def discard(self) -> None:
         """They are not to be found; where they are in use, they are there for as long."""
         self._written.unlink(missing_ok=True)
-
-
-def _mapped(descriptor: int) -> Bytes:
-    return np.frombuffer(mmap(descriptor, 0, access=ACCESS_WRITE), np.uint8)
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

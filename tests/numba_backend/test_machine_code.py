@@ -163,6 +163,20 @@ def test_an_empty_name_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_code.folder.cache_clear()
 
 
+def test_a_folder_that_is_read_only_serves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image that was filled by another user."""
+    python(START, **{machine_code.VARIABLE: str(tmp_path)})
+    machine_code.folder.cache_clear()
+    monkeypatch.setenv(machine_code.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(machine_code.os, "access", lambda path, mode: False)
+    assert not machine_code.can_keep()
+    assert machine_code.load("activations.quantize") is not None
+    assert machine_code.load("copy.take_rows") is None
+    machine_code.folder.cache_clear()
+
+
 def test_a_folder_that_cannot_be_made_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only home is no error, and code does not land anywhere else."""
     (tmp_path / "file").touch()

@@ -55,6 +55,7 @@ def test_a_second_start_repacks_nothing(
     second = TiledMatrix.of(mapped(tmp_path / "model", data.shape), store=store)
     expected = pack("q4_1", data)
     assert first.tiles.tobytes() == second.tiles.tobytes() == expected.tobytes()
+    assert not second.tiles.flags.writeable  # nor need its folder be
     assert (second.rows, second.columns, second.encoding) == (ROWS, COLUMNS, "q4_1")
 
 
