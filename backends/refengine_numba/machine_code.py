@@ -95,7 +95,8 @@ def store(name: str, symbol: str, image: bytes) -> bool:
 def load(name: str) -> tuple[int, Any] | None:
     """The address of a kept kernel's function, and what must live for as long as it is called.
 
-    ``None`` where there is none, its file is damaged, or this process lacks what it refers to.
+    ``None`` where there is none, its file is damaged, or this process lacks what it refers to. A kernel may
+    be loaded more than once: each is a library of its own, under a name that the linker has not seen yet.
     """
     here = folder()
     try:
@@ -111,7 +112,7 @@ def load(name: str) -> tuple[int, Any] | None:
     for missing in NEVER_CALLED:
         library.import_symbol(missing, _abort())
     try:
-        linked = library.export_symbol(symbol.decode()).link(_linker(), name)
+        linked = library.export_symbol(symbol.decode()).link(_linker(), f"{name} {os.urandom(8).hex()}")
     except RuntimeError:
         return None
     return linked[symbol.decode()], linked

@@ -172,7 +172,8 @@ def test_a_folder_that_is_read_only_serves_what_it_has(
     monkeypatch.setenv(machine_code.VARIABLE, str(tmp_path))
     monkeypatch.setattr(machine_code.os, "access", lambda path, mode: False)
     assert not machine_code.can_keep()
-    assert machine_code.load("activations.quantize") is not None
+    for _ in range(2):
+        assert machine_code.load("activations.quantize") is not None
     assert machine_code.load("copy.take_rows") is None
     machine_code.folder.cache_clear()
 
