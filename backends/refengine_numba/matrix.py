@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import NumericalError
 from refengine.quantizer import LazyTensor
+from refengine.quantizer.finite import check_finite, check_float16
 from refengine_numba import repack
 from refengine_numba.arguments import Arguments, check
-from refengine_numba.finite import all_finite, fit_float16
 from refengine_numba.layout import GROUP, TILE_ROWS
 from refengine_numba.records import record_bytes
 from refengine_numba.team import Team
@@ -164,13 +163,7 @@ class TiledMatrix:
 def _repack(tensor: LazyTensor, tiles: Bytes, halves: bool, team: Team | None) -> None:
     layout, columns = repack.layout_of(tensor.encoding), tensor.shape[1]
     for start, stop, data in _parts(tensor):
-        if not all_finite(tensor.encoding, data):
-            raise NumericalError(
-                f"tensor {tensor.name} holds NaN or infinity: the file is damaged, "
-                "or was quantized from damaged weights; get it again or use another one"
-            )
-        if halves:
-            _check_part(tensor, data)
+        check_finite(tensor, data, halves=halves)
         place = slice(layout.nbytes(start, columns), layout.nbytes(stop, columns))
         repack.pack(tensor.encoding, data, tiles[place], team)
 
@@ -178,15 +171,7 @@ def _repack(tensor: LazyTensor, tiles: Bytes, halves: bool, team: Team | None) -
 def check_halves(tensor: LazyTensor) -> None:
     """Raise NumericalError unless all weights of a stored matrix are finite in float16."""
     for _, _, data in _parts(tensor):
-        _check_part(tensor, data)
-
-
-def _check_part(tensor: LazyTensor, data: Bytes) -> None:
-    if not fit_float16(tensor.encoding, data):
-        raise NumericalError(
-            f"tensor {tensor.name} holds a weight that is too large for float16, which the policy mixed16 "
-            "rounds weights to: choose the policy float32"
-        )
+        check_float16(tensor, data)
 
 
 def _parts(tensor: LazyTensor) -> Iterator[tuple[int, int, Bytes]]:

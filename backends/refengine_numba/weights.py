@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.backend.weights import PlannedWeight, StoredMatrix, WeightPlan
-from refengine.errors import NumericalError
 from refengine.program import Program
 from refengine.quantizer import LazyTensor
+from refengine.quantizer.finite import not_finite
 from refengine_numba.matrix import TiledMatrix, check_halves
 from refengine_numba.repack import layout_of
 from refengine_numba.team import Team
@@ -91,10 +91,7 @@ class TiledWeights:
         if role not in self._vectors:
             numbers = self._stored[role].decode()
             if not np.isfinite(numbers).all():
-                raise NumericalError(
-                    f"tensor {self._stored[role].name} holds NaN or infinity: the file is damaged, "
-                    "or was quantized from damaged weights; get it again or use another one"
-                )
+                raise not_finite(self._stored[role].name)
             self._vectors[role] = numbers
             self.held += numbers.nbytes
             self._stored[role].pages.release()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from refengine.ops import LayerCache, kv_write
+from refengine.quantizer.finite import TOO_LARGE
 from refengine_numba import entries
-from refengine_numba.finite import TOO_LARGE
 from refengine_numba.kv_arguments import kv_write_arguments
 from refengine_numba.kv_pool import pool_of
 

@@ -12,8 +12,8 @@ from mixed_products import mixed8_product
 
 from refengine.ops import quantize_a8
 from refengine.quantizer import LazyTensor, decode
+from refengine.quantizer.finite import fit_float16
 from refengine_numba import entries, isa
-from refengine_numba.finite import fit_float16
 from refengine_numba.layout import LAYOUTS
 from refengine_numba.matrix import TiledMatrix, quantization
 from refengine_numba.records import record_bytes

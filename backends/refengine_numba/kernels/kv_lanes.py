@@ -8,7 +8,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from refengine_numba.finite import TOO_LARGE
+from refengine.quantizer.finite import TOO_LARGE
 from refengine_numba.kernels.compilation import part
 from refengine_numba.kernels.lanes import floats_of, where_less
 from refengine_numba.kernels.vectors import (
