@@ -24,9 +24,10 @@ class EngineConfig:
             ``max_sequences`` full contexts, but at most 65,536 (or one context, where that is longer), and no
             more than ``memory`` leaves.
         memory: bytes that the process may hold at most: weights, arena, logits, KV cache, and a constant for
-            the process itself; ``None`` for no limit.
+            the process itself; of a device's memory, where it has its own, with a constant for its context.
+            ``None`` for no limit but what such a device has free.
         weight_cache: bytes of weights kept decoded at most, the others being decoded where they are used;
-            ``None`` for all of them, or what ``memory`` leaves.
+            ``None`` for all of them, or what ``memory`` leaves. A device with memory of its own keeps none.
         reserve: positions of KV cache whose memory is taken at start and kept; all else comes as sequences
             grow and goes when they end.
         swap: bytes of host memory for KV blocks of pre-empted requests at most; where these are not kept,

@@ -12,6 +12,8 @@ import numpy as np
 
 from refengine import scheduler
 from refengine.backend import Backend
+from refengine.candidate_sampling import candidate_executable, may_draw, sample_candidates
+from refengine.candidates import Candidates
 from refengine.config import EngineConfig
 from refengine.engine_plan import plan_engine
 from refengine.errors import (
@@ -109,6 +111,9 @@ class Engine:
             storage,
             fallback=config.fallback,
         )
+        self._candidates = None  # a journal hashes every row that is drawn from
+        if journal is None:
+            self._candidates = candidate_executable(self._executable, sample, model.spec.vocabulary_size)
         self._peak, self._peak_step = Holdings(), 0
         self._requests: dict[int, set[int]] = {}
         self._running: list[int] = []  # in order of admission
@@ -185,13 +190,13 @@ class Engine:
                     self._cache.swap_in(number)
             batch, wanted = self._build_batch(compute)
             self._cache.settle()
-            logits = self._executable.run(batch)
-            held = self._observe(logits.nbytes)
+            results = self._run(batch, compute, wanted)
+            held = self._observe(results.nbytes)
             self.recorder.record(
                 "step", tokens=len(batch.token_ids), sequences=len(compute), rows=len(batch.logit_rows),
                 bytes=held,
             )  # fmt: skip
-            return self._advance(compute, wanted, logits)
+            return self._advance(compute, wanted, results)
         except Exception as error:  # whatever a backend may raise
             if isinstance(error, MemoryManagerError):
                 self.recorder.limit("refuse", str(error))
@@ -304,7 +309,7 @@ class Engine:
                 text = (
                     f"the request needs {seen} positions of KV cache and there are "
                     f"{self._memory.capacity(group)}: shorten the prompt, lower max_tokens or raise "
-                    f"{'kv_tokens' if self.config.memory is None else 'the memory limit'}"
+                    f"{'kv_tokens' if self.plan.limit is None else 'the memory limit'}"
                 )
                 self.recorder.limit("refuse", text)
                 raise ContextLengthError(text)
@@ -494,8 +499,24 @@ class Engine:
         )
         return batch, wanted
 
+    def _run(
+        self, batch: StepBatch, compute: abc.Sequence[tuple[int, int]], wanted: abc.Sequence[int]
+    ) -> FloatArray | Candidates:
+        """Compute a step; gives all its logits, or candidates where these may be enough for somebody."""
+        if self._candidates is not None and not self._keep_logits:
+            asking = [
+                self._sequences[n].sampling for (n, _), wants in zip(compute, wanted, strict=True) if wants
+            ]
+            if any(map(may_draw, asking)):
+                temperatures = np.array([params.temperature for params in asking], np.float64)
+                return self._candidates.run_candidates(batch, temperatures)
+        return self._executable.run(batch)
+
     def _advance(
-        self, compute: abc.Sequence[tuple[int, int]], wanted: abc.Sequence[int], logits: FloatArray
+        self,
+        compute: abc.Sequence[tuple[int, int]],
+        wanted: abc.Sequence[int],
+        results: FloatArray | Candidates,
     ) -> list[Output]:
         """Account for a computed step: sample where a request's tokens are all computed, release, end."""
         outputs: list[Output] = []
@@ -506,12 +527,11 @@ class Engine:
             if self.config.prefix_cache:  # before a window passes the blocks
                 self._memory.publish(number, sequence.tokens, sequence.request.cache_salt, sequence.computed)
             self._memory.release_passed(number, sequence.computed)
-            if sequence.request.logits_from is not None:
-                sequence.prompt_logits.append(logits[end - wants : end].copy())
+            if sequence.request.logits_from is not None and not isinstance(results, Candidates):
+                sequence.prompt_logits.append(results[end - wants : end].copy())
             if sequence.computed == len(sequence.tokens):
-                row = logits[end - 1]
                 for each in self._divide(sequence) if sequence.places > 1 else (sequence,):
-                    outputs += self._accept(each, row)
+                    outputs += self._accept(each, results, end - 1)
         return outputs
 
     def _divide(self, sequence: Sequence) -> list[Sequence]:
@@ -529,20 +549,32 @@ class Engine:
         sequence.places = 1
         return samples
 
-    def _accept(self, sequence: Sequence, logits: FloatArray) -> list[Output]:
+    def _accept(self, sequence: Sequence, results: FloatArray | Candidates, row: int) -> list[Output]:
         """Sample a sequence's next token, if it may have one."""
         sampled = None
         try:
             if sequence.generated < sequence.request.max_tokens:
-                sampled = self._sample(logits, sequence.sampling, sequence.tokens, sequence.generated)
-                if self._journal is not None:
-                    self._journal.sampled(sequence.number, logits, sampled.token)
+                sampled = self._sampled(sequence, results, row)
             output = sequence.accept(sampled)
         except Exception as error:  # of this sequence alone
             return self._fail(sequence.number, error)
         if output.finish_reason:
             self._drop(sequence.number, output.finish_reason)
         return [output]
+
+    def _sampled(self, sequence: Sequence, results: FloatArray | Candidates, row: int) -> Sampled:
+        """A sequence's next token, from candidates where these are enough."""
+        if isinstance(results, Candidates):
+            sampled = sample_candidates(results, row, sequence.sampling, sequence.generated)
+            if sampled is not None:
+                return sampled
+            logits = results.row(row)
+        else:
+            logits = results[row]
+        sampled = self._sample(logits, sequence.sampling, sequence.tokens, sequence.generated)
+        if self._journal is not None:
+            self._journal.sampled(sequence.number, logits, sampled.token)
+        return sampled
 
     def _fail(self, number: int, error: Exception) -> list[Output]:
         """End a sequence for a reason that is not its own: an output for each sample that it stands for."""
@@ -580,6 +612,8 @@ class Engine:
     def _held(self, logits: int) -> Holdings:
         use = self.backend.memory()
         swapped = self._cache.swapped_bytes
+        if self.plan.device.own_memory:
+            return Holdings(use.weights, use.mapped, use.arena, logits, use.kv_cache, host=use.host + swapped)
         return Holdings(use.weights, use.mapped, use.arena, logits, use.kv_cache, swapped)
 
     def _observe(self, logits: int) -> int:

@@ -1,4 +1,9 @@
-"""What an engine will hold, decided before anything is loaded: the plan that is then carried out."""
+"""What an engine will hold, decided before anything is loaded: the plan that is then carried out.
+
+Where the backend's device has memory of its own, a limit is about that: weights where steps read them, the KV
+cache, the arena, logits and the device's context. What the process takes of the host's memory beside it is
+told, and not added. Where the device's memory is the host's, a limit is about all of the process.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from refengine.backend import Backend, WeightPlan, select
+from refengine.backend import Backend, Device, WeightPlan, select
 from refengine.config import EngineConfig
 from refengine.errors import MemoryLimitError
 from refengine.memory import KVGroupLayout, KVLayout
@@ -40,6 +45,9 @@ class EnginePlan:
         layout: the KV cache; its pools are the most they may grow to.
         logits_bytes: of the logits of one step at most.
         backend_bytes: what the backend's own code takes, once it is imported.
+        device: where it computes.
+        limit: what ``most_bytes`` stays within: what was asked for, or what a device has free, where that is
+            less; ``None`` for no limit.
     """
 
     config: EngineConfig
@@ -50,38 +58,56 @@ class EnginePlan:
     layout: KVLayout
     logits_bytes: int
     backend_bytes: int
+    device: Device
+    limit: int | None = None
 
     @property
     def fixed_bytes(self) -> int:
-        """All but the KV cache and the process itself."""
+        """All but the KV cache and the process itself; of the device's memory, where it has its own."""
         return self.activations.arena_bytes + self.logits_bytes + self.weights.total
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes beside the engine: the constant that a memory limit sets aside."""
+        """What the process takes of the host's memory beside the engine: a constant."""
         return PROCESS_BYTES + self.backend_bytes + TOKEN_BYTES * self.program.vocabulary_size
 
     @property
     def most_bytes(self) -> int:
-        """With the KV cache and the room for swapped blocks full, and the process itself."""
-        return self.process_bytes + self.fixed_bytes + self.layout.nbytes + self.config.swap
+        """Of the memory that a limit is about: with the KV cache full; on the host also with the room for
+        swapped blocks full, and the process itself; on a device that has its own memory with its context.
+        """
+        engine = self.fixed_bytes + self.layout.nbytes
+        if self.device.own_memory:
+            return self.device.context_bytes + engine
+        return self.process_bytes + engine + self.config.swap
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's memory, beside a device that has its own: the process, the weights that stay there,
+        a step's logits and swapped blocks; 0 where the device's memory is the host's.
+        """
+        if not self.device.own_memory:
+            return 0
+        return self.process_bytes + self.weights.host + self.logits_bytes + self.config.swap
 
 
 def plan_engine(model: Model, backend: Backend, config: EngineConfig) -> EnginePlan:
     """Decide how a model's weights are held and how far its KV cache may grow.
 
     Without a limit, weights are held as the backend is fastest. Under one, memory is spent in this order:
-    what cannot be done without; the weights as stored; one whole context of KV cache; weights decoded ahead;
-    more KV cache.
+    what cannot be done without; the weights as stored, or on a device that has its own memory as they are
+    held there; one whole context of KV cache; weights decoded ahead; more KV cache. What such a device has
+    free is a limit, where it is less than what would be held without one or than the limit that was asked
+    for.
 
     Raises:
-        MemoryLimitError: ``config.memory`` is too small; its text says which would do, and what would shrink
-            that.
+        MemoryLimitError: ``config.memory``, or what the device has free, is too small; its text says which
+            would do, and what would shrink that.
         UnsupportedError: an unknown policy or KV dtype.
     """
     plan = _least(model, backend, config)
     stored = sum(tensor.nbytes for tensor in model.weights.values())
-    cap = None if config.weight_cache is None else stored + config.weight_cache
+    cap = None if config.weight_cache is None or plan.device.own_memory else stored + config.weight_cache
 
     def with_weights(limit: int | None) -> EnginePlan:
         weights = backend.plan_weights(plan.program, model.weights, plan.policy, _smaller(limit, cap))
@@ -91,18 +117,21 @@ def plan_engine(model: Model, backend: Backend, config: EngineConfig) -> EngineP
         return replace(plan, layout=kv_layout(model.spec, config, plan.policy, positions))
 
     whole = config.kv_tokens or most_positions(model.spec, config)
-    if config.memory is None:
-        plan = with_positions(whole)
-        return with_weights(None)
-    if plan.most_bytes > config.memory:
-        raise _too_small(model, backend, config, plan.most_bytes)
-    plan = with_weights(min(stored, plan.weights.total + config.memory - plan.most_bytes))
+    limit = _smaller(config.memory, _available(plan.device))
+    fastest = replace(with_positions(whole), weights=with_weights(None).weights)
+    if limit is None or (config.memory is None and fastest.most_bytes <= limit):
+        return fastest
+    plan = replace(plan, limit=limit)
+    if plan.most_bytes > limit:
+        raise _too_small(model, backend, plan)
+    room = plan.weights.total + limit - plan.most_bytes
+    plan = with_weights(room if plan.device.own_memory else min(stored, room))
     if config.kv_tokens is None:
         context = min(whole, model.spec.context_length)
-        plan = _largest(with_positions, LEAST_POSITIONS, context, config.memory) or plan
-    plan = with_weights(plan.weights.total + config.memory - plan.most_bytes)
+        plan = _largest(with_positions, LEAST_POSITIONS, context, limit) or plan
+    plan = with_weights(plan.weights.total + limit - plan.most_bytes)
     if config.kv_tokens is None:
-        plan = _largest(with_positions, LEAST_POSITIONS, whole, config.memory) or plan
+        plan = _largest(with_positions, LEAST_POSITIONS, whole, limit) or plan
     return plan
 
 
@@ -172,7 +201,13 @@ def _least(model: Model, backend: Backend, config: EngineConfig) -> EnginePlan:
         kv_layout(model.spec, config, chosen, positions),
         prod(concrete(program.output.shape, sizes)) * chosen.activations.itemsize,
         backend.import_bytes,
+        backend.devices()[0],
     )
+
+
+def _available(device: Device) -> int | None:
+    """What an engine may take of a device's own memory, its context included; ``None`` for any number."""
+    return None if device.free_bytes is None else device.context_bytes + device.free_bytes
 
 
 def _largest(plan_for: Callable[[int], EnginePlan], least: int, most: int, limit: int) -> EnginePlan | None:
@@ -187,17 +222,20 @@ def _largest(plan_for: Callable[[int], EnginePlan], least: int, most: int, limit
     return plan_for(least)
 
 
-def _too_small(model: Model, backend: Backend, config: EngineConfig, needed: int) -> MemoryLimitError:
+def _too_small(model: Model, backend: Backend, plan: EnginePlan) -> MemoryLimitError:
     """What would do instead."""
+    config, device, needed = plan.config, plan.device, plan.most_bytes
     positions = config.kv_tokens or min(LEAST_POSITIONS, most_positions(model.spec, config))
     ways = [
         f"{option} needs {_megabytes(least)}"
         for option, least in _shrunk(model, backend, config)
         if least < needed
     ]
+    where = f" of the memory of {device.name}" if device.own_memory else ""
+    least = "the limit is" if plan.limit == config.memory else "what it has free, with its context, is"
     return MemoryLimitError(
-        f"{_megabytes(needed)} are needed for {positions} positions of context, and the limit is "
-        f"{_megabytes(config.memory or 0)}\n  "
+        f"{_megabytes(needed)}{where} are needed for {positions} positions of context, and {least} "
+        f"{_megabytes(plan.limit or 0)}\n  "
         + ("\n  ".join(["to need less:", *ways]) if ways else "nothing makes it less but a smaller model"),
         needed=needed,
     )

@@ -34,8 +34,18 @@ class Forecast:
 
     @property
     def process_bytes(self) -> int:
-        """With Python, NumPy and refengine themselves."""
+        """Of the host's memory, with Python, NumPy and refengine themselves."""
+        if self.plan.device.own_memory:
+            return self.plan.process_bytes + self.peak.host + self.peak.logits
         return self.plan.process_bytes + self.peak.total
+
+    @property
+    def limited_bytes(self) -> int:
+        """Of the memory that a limit is about: the device's with its context, where it has its own, or the
+        process's.
+        """
+        device = self.plan.device
+        return device.context_bytes + self.peak.total if device.own_memory else self.process_bytes
 
 
 def forecast(plan: EnginePlan, context: int, batch: int, prompt: int | None = None) -> Forecast:
@@ -62,6 +72,7 @@ def forecast(plan: EnginePlan, context: int, batch: int, prompt: int | None = No
         arena=plan.activations.arena_bytes,
         logits=rows * row_bytes,
         kv_cache=kv_cache,
+        host=weights.host,
     )
     layout = plan.layout
     whole = (g for g, pool in enumerate(layout.groups) if not pool.recent)

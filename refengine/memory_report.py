@@ -17,11 +17,13 @@ class Holdings:
 
     Attributes:
         weights: in the backend's own memory.
-        mapped: of the model's file, read in place.
+        mapped: of the model's file, read in place; and what streamed weights pass through.
         arena: intermediate values and working memory of the ops.
         logits: of the step.
         kv_cache: committed segments.
-        swapped: KV blocks of pre-empted requests, kept on the host.
+        swapped: KV blocks of pre-empted requests, where the device's memory is the host's.
+        host: of the host's memory, where the device has its own, which all the others are of: weights that
+            stay there, and KV blocks of pre-empted requests.
     """
 
     weights: int = 0
@@ -30,10 +32,11 @@ class Holdings:
     logits: int = 0
     kv_cache: int = 0
     swapped: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them but ``host``: where the device's memory is the host's, that is 0."""
         return self.weights + self.mapped + self.arena + self.logits + self.kv_cache + self.swapped
 
 
@@ -82,7 +85,8 @@ class MemoryReport:
         current: now.
         peak: at the moment when it was most, in all.
         peak_step: the step of that moment, counted from 1; 0 before the first.
-        limit: what the process may hold, ``None`` where nobody said.
+        limit: what the process may hold, or its part of the device's memory, where that has its own; ``None``
+            for any number.
         requests: KV bytes by request; a shared block counts for each that refers to it.
         layers: by layer.
         kv: the KV cache.
@@ -125,7 +129,7 @@ def report(
         current,
         peak,
         peak_step,
-        plan.config.memory,
+        plan.limit,
         requests,
         _layers(plan, model, manager),
         kv_statistics(manager),

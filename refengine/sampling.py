@@ -141,23 +141,43 @@ def _penalised(scores: NDArray[np.float64], penalty: float, history: Sequence[in
 
 
 def _draw(scores: NDArray[np.float64], params: SamplingParams, index: int) -> int:
-    """One draw from the filtered distribution, by inverting its cumulative sum; the highest score is 0.
+    """One draw from the filtered distribution; the highest score is 0.
 
-    Clauses: SMP-6, SMP-7, SMP-8, SMP-9, SMP-10.
+    Clauses: SMP-6.
     """
     order = np.lexsort((np.arange(len(scores)), -scores))  # most likely first, lower id first among equals
     if params.top_k:
         order = order[: params.top_k]
-    weights = np.exp(scores[order])
+    return int(order[draw_place(scores[order], params, index)])
+
+
+def draw_place(scores: NDArray[np.float64], params: SamplingParams, index: int) -> int:
+    """Which of the tokens that top-k left is drawn, by inverting their cumulative sum.
+
+    Args:
+        scores: theirs, in rank; the first is 0.
+        params, index: as in `sample`.
+
+    Clauses: SMP-7, SMP-8, SMP-10.
+    """
+    weights = np.exp(scores)
     cumulative = np.cumsum(weights)
-    kept = len(order)
+    kept = len(scores)
     if params.top_p < 1.0:
         kept = int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left")) + 1
     if params.min_p > 0.0:
         kept = min(kept, int(np.count_nonzero(weights >= params.min_p)))
-    uniform = np.random.Generator(np.random.Philox(key=params.seed, counter=index)).random()
+    uniform = random_number(params.seed, index)
     place = np.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], side="right")
-    return int(order[min(int(place), kept - 1)])  # the product may round up to the whole sum
+    return min(int(place), kept - 1)  # the product may round up to the whole sum
+
+
+def random_number(seed: int, index: int) -> float:
+    """A token's own random number, of [0, 1).
+
+    Clauses: SMP-9.
+    """
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=index)).random())
 
 
 def _check(name: str, value: object, holds: bool, rule: str) -> None:

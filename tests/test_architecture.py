@@ -15,13 +15,13 @@ ROOT = Path(refengine.__file__).parent
 
 FLOORS = [
     {"errors", "whole_lines"},
-    {"quantizer", "ops", "memory", "scheduler", "specification"},
+    {"quantizer", "ops", "memory", "scheduler", "specification", "candidates"},
     {"program", "simulation"},
     {"loader", "tokenizer"},
     {"models"},
     {"backend", "synth"},
     {"sampling", "stopping"},
-    {"request"},
+    {"request", "candidate_sampling"},
     {"sequence", "config", "paged_cache"},
     {"engine_plan", "engine_journal"},
     {"memory_report"},

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.backend import Backend, Executable, KVStorage, load
+from refengine.candidate_sampling import sample_candidates
 from refengine.engine_journal import EngineJournal
 from refengine.loader.checkpoint import Checkpoint
 from refengine.loader.gguf import parse_gguf
@@ -116,8 +117,8 @@ class Subject:
         policy: the precision policy.
         fallback: whether golden ops may stand in for what the backend lacks.
         allocator, kv_cache, prefix_cache, kv_format, schedule, scheduling, queue, journal, engine_journal,
-            read_journal, replay, rerun, simulator, sample, decode, from_gptq, from_awq, parse, tracer, trace,
-            trace_sealed, apply_policy, plan, load: the engine's other parts.
+            read_journal, replay, rerun, simulator, sample, sample_candidates, decode, from_gptq, from_awq,
+            parse, tracer, trace, trace_sealed, apply_policy, plan, load: the engine's other parts.
     """
 
     start: Callable[[], Backend]
@@ -137,6 +138,7 @@ class Subject:
     rerun: Callable[..., Rerun] = Rerun
     simulator: Callable[..., Simulator] = Simulator
     sample: Callable[..., Any] = sample
+    sample_candidates: Callable[..., Any] = sample_candidates
     decode: Callable[..., Any] = decode
     from_gptq: Callable[..., StoredRows] = from_gptq
     from_awq: Callable[..., StoredRows] = from_awq

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from refengine.backend.info import BackendInfo
-from refengine.backend.protocol import Backend, Device, Executable, KVStorage, MemoryUse
+from refengine.backend.protocol import (
+    Backend,
+    CandidateExecutable,
+    Device,
+    Executable,
+    KVStorage,
+    MemoryUse,
+)
 from refengine.backend.registry import BackendStatus, load, registered
 from refengine.backend.selection import select
 from refengine.backend.weights import WeightPlan
@@ -12,6 +19,7 @@ __all__ = [
     "Backend",
     "BackendInfo",
     "BackendStatus",
+    "CandidateExecutable",
     "Device",
     "Executable",
     "KVStorage",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refengine.backend.weights import WeightPlan
+from refengine.candidates import Candidates
 from refengine.memory import KVLayout
 from refengine.ops import FloatArray
 from refengine.program import Instruction, MemoryPlan, Policy, Program, StepBatch
@@ -23,10 +24,18 @@ class Device:
     Attributes:
         name: as its vendor calls it.
         total_bytes: its memory, ``None`` where unknown.
+        own_memory: whether that is its own; else it is the host's.
+        free_bytes: of its own memory, what weights, KV cache, arena and logits may still take; ``None`` where
+            unknown.
+        context_bytes: of its own memory, what its driver and the kernels' code take: a constant that plans
+            add.
     """
 
     name: str
     total_bytes: int | None
+    own_memory: bool = False
+    free_bytes: int | None = None
+    context_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,21 @@ class MemoryUse:
 
     Attributes:
         weights: in memory of its own: decoded, repacked or copied.
-        mapped: of the model's file, read in place.
+        mapped: of the model's file, read in place; and what streamed weights pass through.
         kv_cache: committed segments.
         arena: intermediate values and working memory.
+        host: of the host's memory, where all the others are of a device that has its own.
     """
 
     weights: int = 0
     mapped: int = 0
     kv_cache: int = 0
     arena: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them but ``host``: where the devices' memory is the host's, that is 0."""
         return self.weights + self.mapped + self.kv_cache + self.arena
 
 
@@ -107,6 +118,28 @@ class Executable(Protocol):
         ...
 
 
+@runtime_checkable
+class CandidateExecutable(Executable, Protocol):
+    """An executable, besides, that can keep a step's logits where they are, and tell what comes first in each
+    row. None need be one.
+    """
+
+    def run_candidates(self, batch: StepBatch, temperatures: NDArray[np.float64]) -> Candidates:
+        """One step, as by ``run``; returns the candidates of its logits, and these row by row where asked.
+
+        Args:
+            temperatures: ``[R]``, of each row of logits; 0 where no sum is wanted.
+
+        Raises:
+            TokenIdError, RequestError: the batch is out of range, or there are other temperatures than rows;
+                nothing has been read or written then.
+            UnsupportedError: the program's result is no rows of logits.
+
+        Clauses: BCK-18.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Computes Programs. Found through the entry-point group ``refengine.backends``.
 
@@ -155,8 +188,8 @@ class Backend(Protocol):
 
         Args:
             program: what will be computed with them.
-            limit: bytes that they may take in all; ``None`` for as many as make it fastest. Where the limit
-                is too small, the smallest plan there is.
+            limit: bytes that they may take in all, of the device's memory where it has its own; ``None`` for
+                as many as make it fastest. Where the limit is too small, the smallest plan there is.
         """
         ...
 

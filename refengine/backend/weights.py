@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.errors import NumericalError
 from refengine.ops import FloatArray, IndexArray
 from refengine.ops.linear import tile_rows
 from refengine.ops.linear_a8 import Groups
@@ -33,8 +32,9 @@ from refengine.ops.scratch import Scratch
 from refengine.program import Policy, Program
 from refengine.quantizer import GROUP, LazyTensor, decode, has_offsets, read_groups
 from refengine.quantizer.decode import CHUNK_WEIGHTS
+from refengine.quantizer.finite import not_finite
 
-Holding = Literal["decoded", "mapped", "streamed", "repacked"]
+Holding = Literal["decoded", "mapped", "streamed", "repacked", "pinned"]
 
 LOOKUP_ROWS = 64
 """Rows of a streamed table that are looked up at a time: each may bring a window of pages of its own."""
@@ -47,14 +47,18 @@ class PlannedWeight:
     Attributes:
         encoding: as it is stored.
         stored: its bytes in the file.
-        holding: ``decoded``, ``mapped``, ``streamed``; or ``repacked``, in a form of the backend's own.
-        nbytes: bytes that this takes: decoded, repacked or stored, or of the largest tile.
+        holding: ``decoded``, ``mapped``, ``streamed``; or ``repacked``, in a form of the backend's own; or
+            ``pinned``, in such a form in the host's memory, where a device reads the rows that it needs.
+        nbytes: bytes that this takes: decoded, repacked or stored, or of the largest tile; of a device's
+            memory, where it has its own: of what is streamed, the bytes that pass at once.
+        host: bytes of the host's memory, beside a device that has its own.
     """
 
     encoding: str
     stored: int
     holding: Holding
     nbytes: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,11 @@ class WeightPlan:
 
     Attributes:
         weights: by role, in the order in which a step first uses them.
+        passage: bytes that streamed weights pass through; ``None`` for those of the largest tile.
     """
 
     weights: Mapping[str, PlannedWeight]
+    passage: int | None = None
 
     @property
     def held(self) -> int:
@@ -80,14 +86,21 @@ class WeightPlan:
 
     @property
     def streamed(self) -> int:
-        """Bytes of the file that pass through memory: one tile at a time, so those of the largest."""
+        """Bytes that the others pass through: one tile at a time, so those of the largest; or ``passage``."""
+        if self.passage is not None:
+            return self.passage
         sizes = (weight.nbytes for weight in self.weights.values() if weight.holding == "streamed")
         return max(sizes, default=0)
 
     @property
     def total(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, where a step reads them: on the device, if that has memory of its own."""
         return self.held + self.mapped + self.streamed
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory, beside a device that has its own."""
+        return sum(weight.host for weight in self.weights.values())
 
 
 def plan_weights(
@@ -333,8 +346,5 @@ def _decode_rows(tensor: LazyTensor, data: NDArray[np.uint8], out: FloatArray) -
 
 def _check_finite(array: FloatArray, name: str) -> FloatArray:
     if not np.isfinite(array).all():
-        raise NumericalError(
-            f"tensor {name} holds NaN or infinity: the file is damaged, "
-            "or was quantized from damaged weights; get it again or use another one"
-        )
+        raise not_finite(name)
     return array

@@ -26,6 +26,7 @@ PURPOSES = {
     "arena": "arena",
     "logits": "logits",
     "kv_cache": "KV cache",
+    "host": "on the host, beside",
 }
 
 
@@ -119,7 +120,10 @@ def memory_json(observed: Observed) -> dict[str, Any]:
 
 
 def _with_total(holdings: Holdings) -> dict[str, int]:
-    return {**asdict(holdings), "engine": holdings.total}
+    """By purpose, in all, and what is beside a device that has memory of its own."""
+    by_purpose = asdict(holdings)
+    host = by_purpose.pop("host")
+    return {**by_purpose, "engine": holdings.total, "host": host}
 
 
 def _by_purpose(observed: Observed) -> Iterator[tuple[str, str, str, str, str]]:

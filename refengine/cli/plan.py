@@ -128,6 +128,13 @@ def _summary(
     return summarize(model, built, chosen.name, forecast(planned, context, batch))
 
 
+def _holding(summary: PlanSummary, holding: str) -> str:
+    """How weights are held, in words."""
+    if summary.plan.device.own_memory:
+        return {"streamed": "streamed from the host", "pinned": "pinned on the host"}.get(holding, holding)
+    return "streamed, a tile at a time" if holding == "streamed" else holding
+
+
 def _print(summary: PlanSummary) -> None:
     """Weights by encoding, bytes by purpose, and the comparison."""
     click.echo(headline(summary))
@@ -148,7 +155,7 @@ def _print(summary: PlanSummary) -> None:
                 count_figure(row.weights),
                 bytes_figure(row.stored),
                 bytes_figure(row.held),
-                "streamed, a tile at a time" if row.holding == "streamed" else row.holding,
+                _holding(summary, row.holding),
             )
             for row in summary.weights
         ],

@@ -23,10 +23,10 @@ class WeightRow:
 
     Attributes:
         encoding: as they are stored.
-        holding: ``decoded``, ``mapped`` or ``streamed``.
+        holding: ``decoded``, ``mapped``, ``streamed``, ``repacked`` or ``pinned``.
         tensors, weights: their numbers.
         stored: bytes in the file.
-        held: bytes that this takes.
+        held: bytes that this takes, of pinned ones on the host.
     """
 
     encoding: str
@@ -66,8 +66,12 @@ class PlanSummary:
 
     @property
     def purposes(self) -> dict[str, int]:
-        """Bytes at the peak by purpose, the process itself included."""
-        return {**asdict(self.forecast.peak), "process": self.forecast.plan.process_bytes}
+        """Bytes at the peak by purpose, the process itself included, or a device's context."""
+        found = {**asdict(self.forecast.peak), "process": self.plan.process_bytes}
+        if self.plan.device.own_memory:
+            return {**found, "context": self.plan.device.context_bytes}
+        del found["host"]
+        return found
 
     @property
     def weights_and_kv(self) -> int:
@@ -109,18 +113,28 @@ def purposes(summary: PlanSummary) -> list[tuple[str, int, str]]:
     """Name, bytes and a remark for every purpose, then the sums."""
     found, plan = summary.forecast, summary.plan
     by_purpose, working = summary.purposes, summary.activations.workspace
-    limit = plan.config.memory
+    limit, own = plan.limit, plan.device.own_memory
+    allowed = "" if limit is None else f"of {bytes_figure(limit)} allowed"
     rows = [
-        ("weights, decoded", by_purpose["weights"], ""),
-        ("weights, as stored", by_purpose["mapped"], ""),
+        ("weights, repacked" if own else "weights, decoded", by_purpose["weights"], ""),
+        ("weights, in passage" if own else "weights, as stored", by_purpose["mapped"], ""),
         ("arena", by_purpose["arena"], f"working memory of ops: up to {bytes_figure(working)} of it"),
         ("logits", by_purpose["logits"], f"{amount(found.batch, 'row')} of {plan.program.vocabulary_size:,}"),
         ("KV cache", by_purpose["kv_cache"], f"{bytes_figure(found.position_bytes)} a position"),
         ("engine", found.peak.total, ""),
-        ("process", by_purpose["process"], "Python, NumPy and refengine, a constant"),
-        ("peak", found.process_bytes, "" if limit is None else f"of {bytes_figure(limit)} allowed"),
     ]
-    return rows
+    process = ("process", by_purpose["process"], "Python, NumPy and refengine, a constant")
+    if not own:
+        return [*rows, process, ("peak", found.limited_bytes, allowed)]
+    return [
+        *rows,
+        ("context", by_purpose["context"], "driver and code of kernels, a constant"),
+        ("peak on the device", found.limited_bytes, allowed),
+        ("weights on the host", by_purpose["host"], ""),
+        ("logits on the host", by_purpose["logits"], ""),
+        process,
+        ("peak on the host", found.process_bytes, "beside the device, in no limit"),
+    ]
 
 
 def versus(ours: int, theirs: int) -> str:
@@ -140,12 +154,13 @@ def plan_json(summary: PlanSummary) -> dict[str, Any]:
         "context": found.context,
         "batch": found.batch,
         "token_budget": plan.config.token_budget,
-        "limit": plan.config.memory,
+        "limit": plan.limit,
         "weights": [asdict(row) for row in summary.weights],
         "peak": {
             **summary.purposes,
             "engine": found.peak.total,
-            "total": found.process_bytes,
+            "total": found.limited_bytes,
+            **({"host_total": found.process_bytes} if plan.device.own_memory else {}),
             "moment": found.moment,
         },
         "kv_bytes_per_position": found.position_bytes,
@@ -169,7 +184,9 @@ def _weight_rows(model: Model, plan: EnginePlan) -> tuple[WeightRow, ...]:
             len(group),
             sizes[encoding, holding],
             sum(weight.stored for weight in group),
-            max(w.nbytes for w in group) if holding == "streamed" else sum(w.nbytes for w in group),
+            max(w.nbytes for w in group)
+            if holding == "streamed"
+            else sum(w.host if holding == "pinned" else w.nbytes for w in group),
         )
         for (encoding, holding), group in groups.items()
     ]

@@ -240,6 +240,24 @@ class _Unlimited(NumpyBackend):
         return super().plan_weights(program, weights, policy, limit and None)
 
 
+class _FreeOnTheHost(NumpyBackend):
+    name = "suspect"
+
+    def devices(self) -> tuple[Device, ...]:
+        return tuple(replace(device, free_bytes=device.total_bytes or 2**30) for device in super().devices())
+
+
+class _ForgetsTheHost(NumpyBackend):
+    name = "suspect"
+
+    def plan_weights(
+        self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
+    ) -> WeightPlan:
+        plan = super().plan_weights(program, weights, policy, limit)
+        pinned = {role: replace(weight, host=weight.stored) for role, weight in plan.weights.items()}
+        return replace(plan, weights=MappingProxyType(pinned))
+
+
 class _HoldsBoth(NumpyBackend):
     name = "suspect"
     stored = 0
@@ -322,6 +340,12 @@ FAULTS: tuple[Fault, ...] = (
         "BCK-1",
         "A driver that answers, and has nothing to offer.",
         partial(Subject, _NoDevice),
+    ),
+    Fault(
+        "the host's free memory is told as the device's",
+        "BCK-1",
+        "What the operating system says is free changes with its file cache, and plans with it.",
+        partial(Subject, _FreeOnTheHost),
     ),
     Fault(
         "the bytes of its own code are not told",
@@ -466,6 +490,12 @@ FAULTS: tuple[Fault, ...] = (
         "BCK-16",
         "An option that falls through three layers and is dropped in the fourth.",
         partial(Subject, _Unlimited),
+    ),
+    Fault(
+        "copies that stay on the host are planned and not counted",
+        "BCK-16",
+        "Pinned memory is in no tool's list of what the device holds.",
+        partial(Subject, _ForgetsTheHost),
     ),
     Fault(
         "the file stays in memory beside what was decoded of it",

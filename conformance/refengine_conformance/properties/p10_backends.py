@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from math import inf
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +49,11 @@ def a_backend_says_what_it_is(subject: Subject, data: st.DataObject) -> None:
     for device in devices:
         assert device.name
         assert device.total_bytes is None or device.total_bytes > 0
+        if device.own_memory:
+            assert device.free_bytes is None or 0 <= device.free_bytes <= (device.total_bytes or inf)
+            assert device.context_bytes >= 0
+        else:
+            assert (device.free_bytes, device.context_bytes) == (None, 0)
     op, policy = data.draw(st.sampled_from(sorted(OPS))), data.draw(st.sampled_from(sorted(POLICIES)))
     encoding = data.draw(st.none() | st.sampled_from(sorted(ENCODINGS)))
     reason = backend.support(op, encoding=encoding, policy=policy)

@@ -119,6 +119,7 @@ def weights_take_what_was_planned(subject: Subject, data: st.DataObject) -> None
         running.step()
         use = checked_memory(running.backend.memory())
         assert (use.weights, use.mapped) == (plan.held, plan.mapped + plan.streamed)
+        assert use.host == plan.host, f"{use.host} bytes of the host, of {plan.host} planned"
 
 
 class _Limited:

@@ -48,7 +48,7 @@ class DeviceStrictBackend:
 
     def devices(self) -> tuple[DeviceName, ...]:
         """The one that is played."""
-        return (DeviceName("a strict device, played by the CPU", None),)
+        return (DeviceName("a strict device, played by the CPU", None, own_memory=True),)
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """Everything there is."""
