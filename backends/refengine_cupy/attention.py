@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refengine.errors import UnsupportedError
-from refengine.program import Instruction
+from refengine.program import Instruction, Value
 from refengine_cupy.binding import Binding, operand
+from refengine_cupy.kv import LayerPlace
 from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
 from refengine_cupy.runtime import Launch
 from refengine_cupy.source import Kernel
@@ -98,16 +99,8 @@ def attention(binding: Binding, at: int, instruction: Instruction) -> Emit:
     """Attention: by tiles of queries where sequences have many; else query by query, cut up over its context
     where the device would have too little to do.
     """
-    q, cache, tables = (operand(instruction, i) for i in range(3))
-    state = binding.state(cache)
-    heads, size = int(q.shape[1]), int(q.shape[2])
-    if size > MOST_HEAD_SIZE:
-        raise UnsupportedError(
-            f"backend 'cupy' computes attention over heads of at most {MOST_HEAD_SIZE} elements, not {size}"
-        )
-    workspace = binding.plan.workspaces.get(at)
-    window = instruction.attributes.get("window")
-    scale, softcap = instruction.attributes["scale"], instruction.attributes.get("softcap")
+    cache, tables = operand(instruction, 1), operand(instruction, 2)
+    attending = Attending(binding, at, instruction, binding.state(cache), tables)
     tiled = Kernel(
         "attention_tiles",
         f"attention_tiles_{binding.kv}",
@@ -115,47 +108,97 @@ def attention(binding: Binding, at: int, instruction: Instruction) -> Emit:
         256,
         shared=tile_bytes(binding.layout.dtype.itemsize),
     )
+    tiles = (
+        attending.size % 8 == 0
+        and attending.size <= MOST_TILED_SIZE
+        and tiled.shared <= binding.shared_bytes  # AMD's devices have less
+    )
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
-        given: dict[str, Any] = {
-            "q": binding.address(q, places),
-            "keys": state.keys,
-            "values": state.values,
-            "tables": binding.address(tables, places),
+        given = attending.arguments(shape, places)
+        if tiles and shape.query_tiles:
+            yield launch(tiled, (shape.query_tiles, attending.heads, 1), **given)
+            return
+        kernel = Kernel(
+            "attention", f"attention_{attending.version(shape)}{binding.kv}", "Attention", PARTITION
+        )
+        yield launch(kernel, attending.grid(shape), **given)
+
+    return emit
+
+
+class Attending:
+    """An instruction of attention, over a plain cache or a sealed one.
+
+    Args:
+        binding: where everything is.
+        at: the position of the instruction.
+        instruction: its first operand are the queries.
+        place: where keys and values are as they were written.
+        tables: the value that is their block tables.
+
+    Raises:
+        UnsupportedError: heads are larger than kernels can do.
+    """
+
+    def __init__(
+        self, binding: Binding, at: int, instruction: Instruction, place: LayerPlace, tables: Value
+    ) -> None:
+        self._binding, self._instruction, self._place, self._tables = binding, instruction, place, tables
+        self._workspace = binding.plan.workspaces.get(at)
+        q = operand(instruction, 0)
+        self.heads, self.size = int(q.shape[1]), int(q.shape[2])
+        if self.size > MOST_HEAD_SIZE:
+            raise UnsupportedError(
+                f"backend 'cupy' computes attention over heads of at most {MOST_HEAD_SIZE} elements, "
+                f"not {self.size}"
+            )
+
+    def split(self, shape: StepShape) -> bool:
+        """Whether contexts are cut up, each query by itself."""
+        return (
+            self._workspace is not None
+            and shape.partitions > 1
+            and shape.tokens * shape.partitions <= MOST_PARTIALS
+            and shape.tokens * self._place.kv_heads < ENOUGH_BLOCKS
+        )
+
+    def version(self, shape: StepShape) -> str:
+        """The part of a kernel's name that says what it is for, each query by itself."""
+        return f"{'1_' if self.heads == self._place.kv_heads else ''}{'split_' if self.split(shape) else ''}"
+
+    def grid(self, shape: StepShape) -> tuple[int, int, int]:
+        """Blocks of threads, each query by itself."""
+        return shape.partitions if self.split(shape) else 1, self._place.kv_heads, shape.tokens
+
+    def arguments(self, shape: StepShape, places: Places) -> dict[str, Any]:
+        """The fields of ``Attention``; those of a sealed cache are null."""
+        binding, place, attributes = self._binding, self._place, self._instruction.attributes
+        return {
+            "q": binding.address(operand(self._instruction, 0), places),
+            "keys": place.keys,
+            "values": place.values,
+            "sealed_keys": None,
+            "sealed_values": None,
+            "tables": binding.address(self._tables, places),
+            "sealed_tables": None,
             "sequences": places.inputs["sequences"],
             "positions": places.inputs["positions"],
             "query_starts": places.inputs["query_starts"],
             "query_tiles": places.inputs["query_tiles"],
-            "y": binding.address(instruction.result, places),
-            "partials": places.arena + workspace.offset if workspace else None,
+            "y": binding.address(self._instruction.result, places),
+            "partials": places.arena + self._workspace.offset if self._workspace else None,
             "counters": places.counters,
-            "block_bytes": state.block_bytes,
+            "block_bytes": place.block_bytes,
+            "sealed_block_bytes": 0,
             "tokens": shape.tokens,
             "blocks": shape.blocks,
-            "heads": heads,
-            "kv_heads": state.kv_heads,
-            "size": size,
+            "heads": self.heads,
+            "kv_heads": place.kv_heads,
+            "size": self.size,
             "block_size": binding.layout.block_size,
-            "window": window or 0,
+            "window": attributes.get("window") or 0,
             "partitions": shape.partitions,
-            "scale": scale,
-            "softcap": softcap or 0.0,
+            "scale": attributes["scale"],
+            "softcap": attributes.get("softcap") or 0.0,
         }
-        if shape.query_tiles and size % 8 == 0 and size <= MOST_TILED_SIZE:
-            yield launch(tiled, (shape.query_tiles, heads, 1), **given)
-            return
-        busy = shape.tokens * state.kv_heads >= ENOUGH_BLOCKS
-        split = (
-            workspace is not None
-            and shape.partitions > 1
-            and shape.tokens * shape.partitions <= MOST_PARTIALS
-            and not busy
-        )
-        name = f"attention_{'1_' if heads == state.kv_heads else ''}{'split_' if split else ''}{binding.kv}"
-        yield launch(
-            Kernel("attention", name, "Attention", PARTITION),
-            (shape.partitions if split else 1, state.kv_heads, shape.tokens),
-            **given,
-        )
-
-    return emit

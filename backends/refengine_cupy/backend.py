@@ -14,17 +14,25 @@ from refengine.program import Instruction, MemoryPlan, Policy, Program
 from refengine.quantizer import LazyTensor
 from refengine_cupy.attention import attention_workspace
 from refengine_cupy.executable import CupyExecutable
+from refengine_cupy.half_products import rounded_workspace
 from refengine_cupy.kv import DeviceKVStorage
 from refengine_cupy.lowering import COMPUTED
 from refengine_cupy.packing import LAYOUTS
 from refengine_cupy.runtime import Runtime
 from refengine_cupy.weights import DeviceWeights, plan_packed
 
-POLICIES = ("float32", "mixed8")
+POLICIES = ("float32", "mixed16", "mixed8")
 """The precision policies that there are kernels for."""
 
 IMPORT_BYTES = 384 * 2**20
 """What CuPy, the driver and the compiler of kernels take of the host's memory."""
+
+CONTEXT_BYTES = 576 * 2**20
+"""What the driver takes of the device's memory, kernels' code included: 553 MB on an H200."""
+
+UNPLANNED_BYTES = 128 * 2**20
+"""What is left free beside all that is planned: for kernels not loaded yet, a step's arrays, and pieces of
+the KV cache that are larger than segments."""
 
 
 class CupyBackend:
@@ -52,7 +60,9 @@ class CupyBackend:
 
     def devices(self) -> tuple[Device, ...]:
         """The GPU."""
-        return (Device(self._runtime.name, self._runtime.total_bytes),)
+        name, total = self._runtime.name, self._runtime.total_bytes
+        free = max(0, self._runtime.free_bytes() - UNPLANNED_BYTES)
+        return (Device(name, total, own_memory=True, free_bytes=free, context_bytes=CONTEXT_BYTES),)
 
     def support(self, op: str, *, encoding: str | None, policy: str) -> str | None:
         """What has kernels."""
@@ -61,27 +71,33 @@ class CupyBackend:
         if op not in COMPUTED:
             return f"cupy has no {op} of its own"
         if policy not in POLICIES:
-            return f"cupy computes under {' and '.join(POLICIES)}, not under {policy}"
+            return f"cupy computes under {', '.join(POLICIES)}, not under {policy}"
         if op == "linear_a8" and encoding is not None and encoding not in LAYOUTS:
             return f"cupy has no kernels for products of codes with {encoding}"
         return None
 
     def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
-        """What attention keeps of the parts of a context."""
-        return attention_workspace(instruction, sizes) if instruction.op.name == "attention" else 0
+        """What attention keeps of the parts of a context; activations in float16."""
+        match instruction.op.name:
+            case "attention" | "sealed_attention":
+                return attention_workspace(instruction, sizes)
+            case "linear_a16":
+                return rounded_workspace(instruction, sizes)
+            case _:
+                return 0
 
     def plan_weights(
         self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
     ) -> WeightPlan:
-        """Everything on the device: there is no other way, whatever the limit."""
-        return plan_packed(program, weights)
+        """On the device; what a limit leaves no room for there, in pinned memory of the host."""
+        return plan_packed(program, weights, limit)
 
     def upload(
         self, weights: Mapping[str, LazyTensor], policy: Policy, plan: WeightPlan | None = None
     ) -> DeviceWeights:
         """Repack and copy, tensor by tensor."""
-        roles = None if plan is None else tuple(plan.weights)
-        self._weights.append(DeviceWeights(self._runtime, weights, roles))
+        halves = policy.products == "a16"
+        self._weights.append(DeviceWeights(self._runtime, weights, plan, halves=halves))
         return self._weights[-1]
 
     def create_cache(self, layout: KVLayout) -> DeviceKVStorage:
@@ -105,6 +121,7 @@ class CupyBackend:
         Raises:
             UnsupportedError: it needs what there are no kernels for; golden ops cannot stand in, as they do
                 not reach the device's memory.
+            NumericalError: a weight would be infinite where it is rounded to float16.
         """
         reasons = dict.fromkeys(missing(self, program, policy, weights.encodings).values())
         if reasons:
@@ -112,14 +129,17 @@ class CupyBackend:
                 f"backend {self.name!r} cannot run this program: {'; '.join(reasons)}. Golden ops "
                 "cannot take their place on a GPU: choose another backend, policy or KV dtype"
             )
+        weights.check_float16(program)
         executable = CupyExecutable(self._runtime, program, plan, weights, layout, cache)
         self._arena_bytes += plan.arena_bytes
         return executable
 
     def memory(self) -> MemoryUse:
-        """Bytes of weights, of the KV cache's committed segments and of the arenas."""
+        """Bytes of weights, of the KV cache's committed segments and of the arenas; and of pinned weights."""
         return MemoryUse(
             weights=sum(w.held for w in self._weights),
+            mapped=sum(w.passage for w in self._weights),
+            host=sum(w.host for w in self._weights),
             kv_cache=sum(cache.nbytes for cache in self._caches),
             arena=self._arena_bytes,
         )

@@ -9,9 +9,10 @@ import numpy as np
 from refengine.errors import UnsupportedError
 from refengine.memory import KVLayout
 from refengine.ops.linear_a8 import GROUP
-from refengine.program import Instruction, MemoryPlan, Program, Value, concrete
+from refengine.program import Instruction, MemoryPlan, Placement, Program, Value, concrete
 from refengine_cupy.kv import LayerPlace
 from refengine_cupy.step_shape import Places, StepShape
+from refengine_cupy.streaming import Passing
 from refengine_cupy.weights import DeviceWeight
 
 
@@ -26,6 +27,8 @@ class Binding:
         layout: of the KV cache.
         matrix_units: whether the device has kernels for them.
         multiprocessors: of the device.
+        shared_bytes: of the device, for a block of threads.
+        passing: where weights are that are streamed; ``None`` where none is.
     """
 
     def __init__(
@@ -38,10 +41,14 @@ class Binding:
         *,
         matrix_units: bool,
         multiprocessors: int,
+        shared_bytes: int,
+        passing: Passing | None = None,
     ) -> None:
         self.program, self.plan, self.layout = program, plan, layout
         self.matrix_units, self.multiprocessors = matrix_units, multiprocessors
+        self.shared_bytes = shared_bytes
         self.kv = "f16" if layout.dtype == np.float16 else "f32"
+        self.passing = passing
         self._weights, self._states = weights, states
         self._shown = {i.result.index: operand(i, 0) for i in program if i.op.sharing in ("view", "state")}
 
@@ -69,8 +76,11 @@ class Binding:
         return address, address + rows * groups * GROUP
 
     def weight(self, instruction: Instruction) -> DeviceWeight:
-        """The weight that an instruction reads: its second operand."""
-        return self._weights(operand(instruction, 1).name)
+        """The weight that an instruction reads, its second operand: where it is then."""
+        role = operand(instruction, 1).name
+        weight = self._weights(role)
+        moved = None if self.passing is None else self.passing.moved(instruction.result.index, role)
+        return weight if moved is None else weight.moved(moved)
 
     def bias(self, instruction: Instruction) -> int | None:
         """Address of an instruction's bias, its third operand, where it has one."""
@@ -88,17 +98,20 @@ class Binding:
     def apart(self, result: Value, *read: Value) -> bool:
         """Whether a result lies over none of the values that are read for it."""
         place = self.plan.placements.get(self.root(result).index)
-        if place is None:
-            return True
-        for value in read:
-            other = self.plan.placements.get(self.root(value).index)
-            if (
-                other
-                and other.offset < place.offset + place.nbytes
-                and place.offset < other.offset + other.nbytes
-            ):
-                return False
-        return True
+        return place is None or self._free(place, *read)
+
+    def clear(self, at: int, *values: Value) -> bool:
+        """Whether the workspace of the instruction at a position lies over none of these values."""
+        return self._free(self.plan.workspaces[at], *values)
+
+    def _free(self, place: Placement, *values: Value) -> bool:
+        others = (self.plan.placements.get(self.root(value).index) for value in values)
+        return not any(
+            other
+            and other.offset < place.offset + place.nbytes
+            and place.offset < other.offset + other.nbytes
+            for other in others
+        )
 
 
 def operand(instruction: Instruction, number: int) -> Value:

@@ -5,6 +5,7 @@ offer.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import os
@@ -23,11 +24,11 @@ from numpy.typing import NDArray
 from refengine.errors import BackendFailedError, MemoryLimitError, MemoryManagerError
 from refengine_cupy.driver import Driver
 from refengine_cupy.info import INFO
-from refengine_cupy.runtime import Launch
+from refengine_cupy.runtime import Await, Fetch, Launch, Work
 from refengine_cupy.source import Kernel, text_of
 
 FLAGS = ("--std=c++17", "--fmad=false")
-HIP_FLAGS = ("--std=c++17", "-ffp-contract=off")
+HIP_FLAGS = ("--std=c++17", "-ffp-contract=off", "-fno-strict-aliasing")
 
 
 class DeviceMemory:
@@ -39,6 +40,18 @@ class DeviceMemory:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the driver may have ended before
             cuda.free(self.address)
+
+
+class PinnedMemory:
+    """Memory of the host that stays where it is; the device reads it at the same address."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        self.data: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the driver may have ended before
+            cuda.freeHost(self.address)
 
 
 class CupyRuntime:
@@ -57,14 +70,19 @@ class CupyRuntime:
             cuda.setDevice(0)
             cuda.free(0)  # starts it
             self.stream = cuda.streamCreateWithFlags(cuda.streamNonBlocking)
+            self._copies = cuda.streamCreateWithFlags(cuda.streamNonBlocking)
+            self._launched = cuda.eventCreateWithFlags(cuda.eventDisableTiming)
         except cuda.CUDARuntimeError as cause:
             raise _failed("the GPU does not start", cause) from cause
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
+        most = "sharedMemPerBlock" if cuda.is_hip else "sharedMemPerBlockOptin"
+        self.shared_bytes = int(properties[most])
         self.total_bytes = int(properties["totalGlobalMem"])
         self._driver = Driver(0)
         self._modules: dict[tuple[str, str | None], Any] = {}
         self._functions: dict[Kernel, int] = {}
+        self._fetched: list[int] = []  # events, by a fetch's number in its list
         self._shared: dict[int, int] = {}  # the most shared memory that a function may have
 
     def allocate(self, nbytes: int, purpose: str) -> DeviceMemory:
@@ -78,6 +96,24 @@ class CupyRuntime:
                 f"{self.name} has {free / 1e6:,.1f} MB of memory left, and {nbytes / 1e6:,.1f} MB are needed "
                 f"for {purpose}: end what else uses it, or choose a smaller model, token budget or KV "
                 f"cache ({cause})",
+                needed=nbytes,
+            ) from cause
+
+    def free_bytes(self) -> int:
+        """Memory that the device has left."""
+        self._use()
+        return int(cuda.memGetInfo()[0])
+
+    def pinned(self, nbytes: int, purpose: str) -> PinnedMemory:
+        """Pinned memory, exactly as much: a pool would round it up to a power of two."""
+        self._use()
+        try:
+            return PinnedMemory(cuda.hostAlloc(nbytes, 0), nbytes)
+        except cuda.CUDARuntimeError as cause:
+            raise MemoryLimitError(
+                f"the host does not give {nbytes / 1e6:,.1f} MB of pinned memory for {purpose}: end what "
+                "else uses its memory, choose a smaller model, or a larger --memory if the device has it "
+                f"({cause})",
                 needed=nbytes,
             ) from cause
 
@@ -122,25 +158,51 @@ class CupyRuntime:
         """Compile and load."""
         self._function(kernel)
 
-    def launch(self, launches: Sequence[Launch]) -> None:
-        """Queue kernels."""
-        self._use()
-        for launch in launches:
-            kernel = launch.kernel
-            self._driver.launch(
-                self._function(kernel),
-                launch.grid,
-                kernel.threads,
-                kernel.shared,
-                self.stream,
-                launch.arguments,
-            )
+    def launch(self, launches: Sequence[Work]) -> None:
+        """Queue kernels in one stream, copies in another; events say what waits for what.
 
-    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
-        """As one graph."""
+        A kernel that waits for a copy does not begin before the kernel ahead of it has ended: kernels read
+        weights before they wait for that.
+        """
         self._use()
-        for launch in launches:
-            self._function(launch.kernel)
+        fetched, launched_since, waits = 0, True, False
+        for work in launches:
+            if isinstance(work, Fetch):
+                if launched_since:
+                    cuda.eventRecord(self._launched, self.stream)
+                    cuda.streamWaitEvent(self._copies, self._launched)
+                    launched_since = False
+                self._fetch(work, fetched)
+                fetched += 1
+            elif isinstance(work, Await):
+                cuda.streamWaitEvent(self.stream, self._fetched[work.fetches - 1])
+                waits = True
+            else:
+                kernel = work.kernel
+                self._driver.launch(
+                    self._function(kernel),
+                    work.grid,
+                    kernel.threads,
+                    kernel.shared,
+                    self.stream,
+                    work.arguments,
+                    may_overlap=not waits,
+                )
+                launched_since, waits = True, False
+
+    def _fetch(self, fetch: Fetch, number: int) -> None:
+        """Queue a copy, and what tells that it is done."""
+        if number == len(self._fetched):
+            self._fetched.append(cuda.eventCreateWithFlags(cuda.eventDisableTiming))
+        cuda.memcpyAsync(fetch.destination, fetch.source, fetch.nbytes, cuda.memcpyHostToDevice, self._copies)
+        cuda.eventRecord(self._fetched[number], self._copies)
+
+    def record(self, launches: Sequence[Work]) -> Callable[[], None]:
+        """As one graph; the stream of copies joins it with its first wait, and leaves with its last fetch."""
+        self._use()
+        for work in launches:
+            if isinstance(work, Launch):
+                self._function(work.kernel)
         collecting = gc.isenabled()
         gc.disable()  # what is collected gives memory back, which ends a recording
         cuda.streamBeginCapture(self.stream, cuda.streamCaptureModeRelaxed)

@@ -81,13 +81,15 @@ class Driver:
         shared: int,
         stream: int,
         arguments: bytes,
+        *,
+        may_overlap: bool = True,
     ) -> None:
-        """Queue a kernel that takes one structure; it may begin before its predecessor ends, where it says
-        so.
+        """Queue a kernel that takes one structure; if it may, it begins before its predecessor ends, where
+        that says so.
         """
         structure = ctypes.create_string_buffer(arguments, len(arguments))
         parameters = (c_void_p * 1)(ctypes.addressof(structure))
-        if not self._overlaps:
+        if not (self._overlaps and may_overlap):
             cupy_driver.launchKernel(
                 function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(parameters), 0
             )

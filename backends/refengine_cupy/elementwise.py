@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import inf, prod
 
 from refengine.errors import UnsupportedError
@@ -108,14 +109,24 @@ def _unary(binding: Binding, kernel: str, instruction: Instruction, parameter: f
 
 def rms_norm(binding: Binding, at: int, instruction: Instruction) -> Emit:
     """A norm."""
-    return norm(binding, instruction, instruction.result, None)
+    return norm(binding, instruction, y=instruction.result)
 
 
-def norm(binding: Binding, instruction: Instruction, y: Value | None, codes: Value | None) -> Emit:
-    """A norm, into floats or into codes or both."""
+def norm(
+    binding: Binding,
+    instruction: Instruction,
+    *,
+    y: Value | None = None,
+    codes: Value | None = None,
+    halves: tuple[int, int] | None = None,
+) -> Emit:
+    """A norm, into floats, codes, or rows of float16 with their powers, of which the addresses are given."""
     x, weight = operand(instruction, 0), binding.weight(instruction)
     columns = weight.shape[0]
     kernel = next(k for k, most in NORMS.items() if columns <= most and (columns % GROUP == 0 or most == inf))
+    rounded, powers = (None, None) if halves is None else halves
+    if halves is not None:
+        kernel = replace(kernel, name=kernel.name.replace("norm", "norm_halves"))
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         rows = prod(concrete(instruction.result.shape, shape.sizes)) // columns
@@ -124,7 +135,7 @@ def norm(binding: Binding, instruction: Instruction, y: Value | None, codes: Val
             yield launch(
                 kernel, (rows, 1, 1), x=binding.address(x, places), weight=weight.address,
                 y=None if y is None else binding.address(y, places), codes=code, scalars=scalars,
-                columns=columns, epsilon=_number(instruction, "eps"),
+                halves=rounded, powers=powers, columns=columns, epsilon=_number(instruction, "eps"),
             )  # fmt: skip
 
     return emit

@@ -24,6 +24,7 @@ class LayerPlace:
         block_bytes: from one block to the next.
         kv_heads: of the layer.
         head_size: elements.
+        formats: names of those of keys and of values, where they are sealed.
     """
 
     keys: int
@@ -31,6 +32,11 @@ class LayerPlace:
     block_bytes: int
     kv_heads: int
     head_size: int
+    formats: tuple[str, str] | None = None
+
+    def aligned(self, nbytes: int) -> bool:
+        """Whether keys and values of all blocks begin at multiples of so many bytes."""
+        return not any(at % nbytes for at in (self.keys, self.values, self.block_bytes))
 
 
 class DeviceKVStorage:
@@ -54,7 +60,10 @@ class DeviceKVStorage:
             for (layer, heads, size), (keys, values) in zip(
                 described.layers, layout.layer_bytes(group), strict=True
             ):
-                place = LayerPlace(at, at + keys, layout.block_bytes(group), heads, size)
+                formats = None
+                if described.sealed is not None:
+                    formats = described.sealed[0].name, described.sealed[1].name
+                place = LayerPlace(at, at + keys, layout.block_bytes(group), heads, size, formats)
                 self.states[described.state(layer)] = place
                 at += keys + values
 

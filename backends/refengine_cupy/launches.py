@@ -22,6 +22,6 @@ def over(items: int, threads: int, kernel: Kernel, /, **arguments: int | float |
     return launch(kernel, (max(1, -(-items // threads)), 1, 1), **arguments)
 
 
-def elementwise_kernel(name: str, arguments: str) -> Kernel:
-    """A kernel of ``elementwise.cu`` with blocks of the usual size."""
-    return Kernel("elementwise", name, arguments, 256)
+def elementwise_kernel(name: str, arguments: str, threads: int = 256) -> Kernel:
+    """A kernel of ``elementwise.cu`` with blocks of so many threads."""
+    return Kernel("elementwise", name, arguments, threads)

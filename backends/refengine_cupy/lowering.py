@@ -5,6 +5,7 @@ Instructions that follow each other are fused where one kernel does the work of 
 - ``rms_norm`` and the ``quantize_a8`` that alone reads it
 - ``linear_a8`` of the same codes, up to three (q, k and v; gate and up with ``gated`` and, of one token, the
   ``quantize_a8`` of that), and one with the ``add`` after it
+- ``linear_a16`` likewise, with the ``rms_norm`` before them, where they alone read it
 - ``rope`` of q and of k, and ``kv_write``
 
 A kernel that stands for several instructions runs where the last of them stands, when what the first has read
@@ -20,11 +21,12 @@ from types import MappingProxyType
 
 from refengine.ops.linear_a8 import GROUP
 from refengine.program import Instruction, Value
-from refengine_cupy import attention, elementwise, products
+from refengine_cupy import attention, elementwise, half_products, products, sealed
 from refengine_cupy.binding import Binding, operand
 from refengine_cupy.launches import Emit
-from refengine_cupy.runtime import Launch
+from refengine_cupy.runtime import Work
 from refengine_cupy.step_shape import Places, StepShape
+from refengine_cupy.streaming import Stretch, with_fetches
 
 EMITTERS: Mapping[str, Callable[[Binding, int, Instruction], Emit]] = MappingProxyType(
     {
@@ -39,8 +41,11 @@ EMITTERS: Mapping[str, Callable[[Binding, int, Instruction], Emit]] = MappingPro
         "rope_table": elementwise.rope_table,
         "rope": elementwise.rope,
         "linear": products.linear,
+        "linear_a16": half_products.linear_a16,
         "kv_write": attention.kv_write,
         "attention": attention.attention,
+        "kv_seal": sealed.kv_seal,
+        "sealed_attention": sealed.sealed_attention,
     }
 )
 """By op: what computes an instruction by itself, given its position."""
@@ -63,13 +68,16 @@ class Lowering:
         self._binding, self._program = binding, binding.program
         read = [v.index for i in self._program for v in i.operands if v is not None]
         self._uses = Counter([*read, self._program.output.index])
-        self._emits: list[Emit] = []
+        self._emits: list[tuple[Emit, tuple[Stretch, ...]]] = []
         at = 0
         while (at := self._skip_views(at)) < len(self._program.instructions):
-            emit, at = self._lower(at)
-            self._emits.append(emit)
+            emit, end = self._lower(at)
+            instructions = self._program.instructions[at:end]
+            passing = () if binding.passing is None else binding.passing.read_by(instructions)
+            self._emits.append((emit, passing))
+            at = end
         if binding.root(self._program.output) is not self._program.output:
-            self._emits.append(partial(elementwise.copy_out, binding))
+            self._emits.append((partial(elementwise.copy_out, binding), ()))
 
     @property
     def rope_tables(self) -> Mapping[int, tuple[float, ...]]:
@@ -80,13 +88,14 @@ class Lowering:
             if i.op.name == "rope_table"
         }
 
-    def launches(self, shape: StepShape, places: Places) -> list[Launch]:
-        """The launches of a step."""
-        return [launch for emit in self._emits for launch in emit(shape, places)]
+    def launches(self, shape: StepShape, places: Places) -> list[Work]:
+        """The launches of a step, and the copies of the weights that are streamed for them."""
+        return with_fetches([(list(emit(shape, places)), passing) for emit, passing in self._emits])
 
     def _lower(self, at: int) -> tuple[Emit, int]:
         """What computes the instruction at a position, and perhaps those after it; and where it goes on."""
-        for fuse in (self._norm_and_codes, self._gated_products, self._products, self._rope_and_write):
+        products = (self._gated_products, self._products, self._half_products)
+        for fuse in (self._norm_and_codes, *products, self._rope_and_write):
             if (fused := fuse(at)) is not None:
                 return fused
         instruction = self._program.instructions[at]
@@ -120,27 +129,76 @@ class Lowering:
             return None
         if codes is self._program.output or not self._binding.apart(codes, x):
             return None
-        return elementwise.norm(self._binding, norm, None, codes), at + 2
+        return elementwise.norm(self._binding, norm, codes=codes), at + 2
 
     def _products(self, at: int) -> tuple[Emit, int] | None:
         first = self._named(at, "linear_a8")
         if first is None:
             return None
-        parts, end = [first], self._skip_views(at + 1)
-        encoding = self._binding.weight(first).encoding
-        while len(parts) < 3 and (other := self._named(end, "linear_a8")) is not None:
-            if other.operands[0] is not first.operands[0] or self._binding.weight(other).encoding != encoding:
-                break
-            parts.append(other)
-            end = self._skip_views(end + 1)
+        positions, end = self._same_operand(at)
+        parts = [self._program.instructions[position] for position in positions]
         if len(parts) == 1 and (add := self._named(end, "add")) is not None:
-            x, y = add.operands
-            codes = operand(first, 0)
-            if y is first.result and self._only_use(y) and x is not y and x is not None:
-                exact = self._binding.same_place(add.result, x)
-                if self._binding.apart(add.result, codes) and (exact or self._binding.apart(add.result, x)):
-                    return products.product(self._binding, parts, results=[add.result], residual=x), end + 1
+            x = self._residual(add, first)
+            if x is not None and self._binding.apart(add.result, operand(first, 0)):
+                return products.product(self._binding, parts, results=[add.result], residual=x), end + 1
         return products.product(self._binding, parts), end
+
+    def _residual(self, add: Instruction, product: Instruction) -> Value | None:
+        """What a sum adds to a product that it alone reads, where a result over it can be written at once."""
+        x, y = add.operands
+        if x is None or x is y or y is not product.result or not self._only_use(y):
+            return None
+        exact = self._binding.same_place(add.result, x)
+        return x if exact or self._binding.apart(add.result, x) else None
+
+    def _same_operand(self, at: int) -> tuple[list[int], int]:
+        """Positions of up to three products that follow each other, of one activation and weights in one
+        encoding; and where it goes on.
+        """
+        first = self._program.instructions[at]
+        positions, end = [at], self._skip_views(at + 1)
+        while len(positions) < 3 and (other := self._named(end, first.op.name)) is not None:
+            alike = self._binding.weight(other).encoding == self._binding.weight(first).encoding
+            if other.operands[0] is not first.operands[0] or not alike:
+                break
+            positions.append(end)
+            end = self._skip_views(end + 1)
+        return positions, end
+
+    def _half_products(self, at: int) -> tuple[Emit, int] | None:
+        """The last product's workspace takes the activations: all results, and what they are made of, are
+        alive then, so that it lies apart from them.
+        """
+        norm = self._named(at, "rms_norm")
+        start = at if norm is None else self._skip_views(at + 1)
+        first = self._named(start, "linear_a16")
+        if first is None:
+            return None
+        positions, end = self._same_operand(start)
+        parts = [self._program.instructions[position] for position in positions]
+        binding, workspace = self._binding, positions[-1]
+        if norm is not None:
+            fits = (
+                norm.result is first.operands[0]
+                and self._uses[norm.result.index] == len(parts)
+                and half_products.can_norm(int(norm.result.shape[1]))
+                and binding.clear(workspace, operand(norm, 0))
+            )
+            if not fits:
+                return None
+        if not binding.clear(workspace, *(part.result for part in parts)):
+            return None if norm is not None else (half_products.linear_a16(binding, at, first), at + 1)
+        emit = partial(half_products.product, binding, workspace, parts, normed=norm)
+        after = end if end < len(self._program.instructions) else None
+        follower = None if after is None else self._program.instructions[after]
+        if follower is None or not binding.clear(workspace, follower.result):
+            return emit(), end
+        gates = follower.operands == tuple(part.result for part in parts)
+        if follower.op.name == "gated" and gates and all(self._only_use(part.result) for part in parts):
+            return emit(gated=follower), end + 1
+        if follower.op.name == "add" and len(parts) == 1 and (x := self._residual(follower, first)):
+            return emit(results=[follower.result], residual=x), end + 1
+        return emit(), end
 
     def _gated_products(self, at: int) -> tuple[Emit, int] | None:
         gate = self._named(at, "linear_a8")

@@ -11,11 +11,13 @@ each item's bytes in a plane of their own:
 - ``high``: of five-bit integers 4 bytes, bit ``8j + i`` being the fifth bit of weight ``4i + j``; of six-bit
   integers two words, bits ``8j + 2i`` and ``8j + 2i + 1`` of word ``h`` being the upper bits of weight ``16h
   + 4i + j``.
-- ``scales``: d, or d and m, float16; of K-quants the two small integers of the group.
+- ``scales``: d, or d and m, float16; of K-quants the two small integers of the group; of int4 and int8, whose
+  own groups have one, two or four of these, for each of them d of 16 rows, float16, then z of 16 rows, uint8.
 - ``blocks``: of K-quants what eight groups share: d, or d and dmin, float16.
 
 The integers are those of :mod:`refengine.quantizer`, with the encoding's zero added where they would be
-negative. So nothing is lost. Other encodings keep their rows as stored, or have them decoded to float32.
+negative; of int4 and int8, q as it is stored, less 128 where it has eight bits. So nothing is lost. Other
+encodings keep their rows as stored, or have them decoded to float32.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes per group, or per block of eight groups, in each plane.
+    """Bytes in each plane, and of how many groups.
 
     Attributes:
         bits: of an integer.
         zero: added to integers that may be negative.
-        codes, high, scales: per group.
+        codes, high: per group.
+        scales: per ``sharing`` groups.
         blocks: per eight groups.
+        sharing: consecutive groups of a row that have the same scale.
     """
 
     bits: int
@@ -58,6 +62,7 @@ class Layout:
     high: int
     scales: int
     blocks: int = 0
+    sharing: int = 1
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -70,6 +75,12 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "q4_k": Layout(4, 0, 16, 0, 2, 4),
         "q5_k": Layout(5, 0, 16, 4, 2, 4),
         "q6_k": Layout(6, 32, 16, 8, 2, 2),
+        "int4_g32": Layout(4, 0, 16, 0, 3),
+        "int4_g64": Layout(4, 0, 16, 0, 3, sharing=2),
+        "int4_g128": Layout(4, 0, 16, 0, 3, sharing=4),
+        "int8_g32": Layout(8, 0, 32, 0, 3),
+        "int8_g64": Layout(8, 0, 32, 0, 3, sharing=2),
+        "int8_g128": Layout(8, 0, 32, 0, 3, sharing=4),
     }
 )
 """Of the encodings that kernels read by groups."""
@@ -88,7 +99,7 @@ def plane_bytes(name: str, rows: int, columns: int) -> dict[str, int]:
     planes = {
         "codes": items * layout.codes,
         "high": items * layout.high,
-        "scales": items * layout.scales,
+        "scales": items // layout.sharing * layout.scales,
         "blocks": items // 8 * layout.blocks,
     }
     return {plane: nbytes for plane, nbytes in planes.items() if nbytes}
@@ -120,6 +131,8 @@ def pack(name: str, data: Bytes, columns: int) -> dict[str, Bytes]:
     blocks = data.reshape(len(data) // TILE, TILE, -1, stored.block_bytes)
     if name in ("q4_0", "q4_1"):  # their halves lie as they should
         planes = {"codes": blocks[..., layout.scales :], "scales": blocks[..., : layout.scales]}
+    elif name.startswith(("int4", "int8")):
+        planes = _around_zeros(layout, blocks)
     else:
         integers = GROUPED[name](np.ascontiguousarray(data).reshape(-1, stored.block_bytes)).integers
         shaped = integers.reshape(len(blocks), TILE, groups, GROUP)
@@ -150,6 +163,18 @@ def _integers(layout: Layout, integers: Bytes) -> dict[str, Bytes]:
         pairs = (integers >> 4).reshape(*lead, 2, 4, 4) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
         planes["high"] = np.bitwise_or.reduce(pairs, axis=-2).reshape(*lead, 8)
     return planes
+
+
+def _around_zeros(layout: Layout, blocks: Bytes) -> dict[str, Bytes]:
+    """Planes of stored blocks of d, z and integers [tiles, 16, blocks, bytes]: scales lie as they should."""
+    tiles, _, count, _ = blocks.shape
+    scales, zeros, stored = blocks[..., 0:2], blocks[..., 2:3], blocks[..., 3:]
+    together = [_by_tile(part).reshape(tiles, count, -1) for part in (scales, zeros)]
+    planes = {"scales": np.concatenate(together, axis=-1)[:, None]}
+    if layout.bits == 4:  # their halves lie as they should
+        return planes | {"codes": stored.reshape(tiles, TILE, -1, GROUP // 2)}
+    signed = stored ^ np.uint8(128)
+    return planes | _integers(layout, signed.reshape(tiles, TILE, -1, GROUP))
 
 
 def _scales(name: str, blocks: Bytes) -> dict[str, Bytes]:

@@ -11,13 +11,17 @@ from refengine.program import Instruction, Value, concrete
 from refengine_cupy.binding import Binding, operand, plane_addresses
 from refengine_cupy.elementwise import quantize_a8
 from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
-from refengine_cupy.packing import LAYOUTS
+from refengine_cupy.packing import LAYOUTS, PLAIN
 from refengine_cupy.runtime import Launch
 from refengine_cupy.source import Kernel
 from refengine_cupy.step_shape import Places, StepShape
 
 FEW_TOKENS = 4
 """Up to so many tokens, products go row by row; above, by tiles of matrix units, where there are any."""
+
+
+STRETCH_BYTES = 34 * 2**10
+"""Shared memory that a product of one token has beside its codes: ``Stretch`` in ``linear_a8.cu``."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +57,42 @@ STAGE_GROUPS = 4
 def stage_bytes(encoding: str, tiles: TileShape) -> int:
     """Shared memory of one stage: ``Stage`` in ``linear_a8_tiles.cu``."""
     layout, items = LAYOUTS[encoding], tiles.rows * STAGE_GROUPS * 16
-    weights = items * (layout.codes + max(1, layout.high) + layout.scales)
+    weights = items * (layout.codes + max(1, layout.high)) + items // layout.sharing * layout.scales
     blocks = tiles.rows * 16 * max(1, layout.blocks)
     fields = 3 if layout.blocks or layout.scales == 4 else 2
     return weights + blocks + STAGE_GROUPS * tiles.tokens * (32 + 4 * fields)
 
 
 def linear(binding: Binding, at: int, instruction: Instruction) -> Emit:
-    """A product with decoded weights."""
+    """A product with decoded weights; of many tokens with weights that lie as stored, by tiles of 8 by 8."""
     x, weight, bias = operand(instruction, 0), binding.weight(instruction), binding.bias(instruction)
     rows, columns = weight.shape
     kernel = Kernel("linear", f"linear_{weight.encoding}", "Linear", 256, weight.encoding)
+    tiles = Kernel("linear", f"linear_tiles_{weight.encoding}", "Linear", 256, weight.encoding)
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         tokens = concrete(instruction.result.shape, shape.sizes)[0]
+        many = weight.encoding in PLAIN and tokens > 8 and rows >= 8
+        grid = (-(-tokens // 16), -(-rows // 32), 1) if many else (-(-rows // 8), -(-tokens // 8), 1)
         if tokens and rows:
             yield launch(
-                kernel, (-(-rows // 8), -(-tokens // 8), 1), x=binding.address(x, places), bias=bias,
+                tiles if many else kernel, grid, x=binding.address(x, places), bias=bias,
                 y=binding.address(instruction.result, places), tokens=tokens, rows=rows, columns=columns,
                 **plane_addresses(weight),
             )  # fmt: skip
 
     return emit
+
+
+def matrices(binding: Binding, parts: Sequence[Instruction]) -> dict[str, Any]:
+    """The fields of ``Product`` that say where up to three weights are, and their biases."""
+    fields: dict[str, Any] = {"columns": binding.weight(parts[0]).shape[1]}
+    for number in range(3):
+        weight = binding.weight(parts[number]) if number < len(parts) else None
+        fields |= {f"{plane}_{number}": address for plane, address in plane_addresses(weight).items()}
+        fields[f"rows_{number}"] = weight.shape[0] if weight else 0
+        fields[f"bias_{number}"] = binding.bias(parts[number]) if weight else None
+    return fields
 
 
 def product(
@@ -100,15 +118,7 @@ def product(
     weights = [binding.weight(part) for part in parts]
     encoding, columns = weights[0].encoding, weights[0].shape[1]
     outputs = results or [part.result for part in parts]
-    fixed: dict[str, Any] = {"columns": columns}
-    for number in range(3):
-        weight = weights[number] if number < len(parts) else None
-        addresses = (
-            plane_addresses(weight) if weight else dict.fromkeys(("codes", "high", "scales", "blocks"))
-        )
-        fixed |= {f"{plane}_{number}": address for plane, address in addresses.items()}
-        fixed[f"rows_{number}"] = weight.shape[0] if weight else 0
-        fixed[f"bias_{number}"] = binding.bias(parts[number]) if weight else None
+    fixed = matrices(binding, parts)
     activation = f"_{gated.attributes['activation']}" if gated is not None else ""
     tiles = [-(-weight.shape[0] // 16) for weight in weights]
     grid = tiles[0] if gated is not None else sum(tiles)
@@ -140,14 +150,16 @@ def product(
             return
         if gated is not None:
             values["y_0"] = binding.address(gated.result, places)
-        pairs = quantize is not None and tokens == 1
+        held = columns // GROUP * 48
+        alone = STRETCH_BYTES + held <= binding.shared_bytes  # a token's codes in shared memory
+        pairs = quantize is not None and tokens == 1 and alone
         if quantize is not None and pairs:
             values["codes"], values["scalars"] = binding.codes(quantize.result, shape, places)
         for first in range(0, tokens, FEW_TOKENS):
             some = min(FEW_TOKENS, tokens - first)
-            version = f"product_{1 if some == 1 else FEW_TOKENS}{activation}_{encoding}"
-            shared = columns // GROUP * 48 if some == 1 else 0
-            kernel = Kernel("linear_a8", version, "Product", 288, encoding, shared)
+            by_one = some == 1 and alone
+            version = f"product_{1 if by_one else FEW_TOKENS}{activation}_{encoding}"
+            kernel = Kernel("linear_a8", version, "Product", 288, encoding, held if by_one else 0)
             blocks = min(grid // 2 if pairs else grid, 3 * binding.multiprocessors)
             yield launch(kernel, (blocks, 1, 1), **(values | {"first_token": first, "tokens": some}))
         if quantize is not None and not pairs:

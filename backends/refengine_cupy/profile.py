@@ -10,7 +10,7 @@ from cupy.cuda import runtime as cuda
 
 from refengine_cupy.cupy_runtime import CupyRuntime
 from refengine_cupy.executable import CupyExecutable
-from refengine_cupy.runtime import Launch
+from refengine_cupy.runtime import Await, Fetch, Launch, Work
 
 
 def by_kernel(executable: CupyExecutable, step: Callable[[], Any]) -> dict[str, dict[str, float]]:
@@ -46,9 +46,13 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
-    def launch(self, launches: Sequence[Launch]) -> None:
+    def launch(self, launches: Sequence[Work]) -> None:
         start, end = self._events
         for launch in launches:
+            if isinstance(launch, Fetch):
+                self._runtime.launch([launch, Await(1)])
+            if not isinstance(launch, Launch):
+                continue
             self._runtime.launch([launch])  # once to load it
             cuda.eventRecord(start, self._runtime.stream)
             self._runtime.launch([launch])
@@ -56,5 +60,5 @@ class _Timed:
             cuda.eventSynchronize(end)
             self.taken.append((launch.kernel.name, cuda.eventElapsedTime(start, end) / 1e3))
 
-    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
+    def record(self, launches: Sequence[Work]) -> Callable[[], None]:
         return lambda: self.launch(launches)

@@ -27,11 +27,53 @@ class Launch:
     arguments: bytes
 
 
+@dataclass(frozen=True)
+class Fetch:
+    """A copy to the device that goes on beside launches, and after the fetches before it.
+
+    It begins when the launches before it in its list are done, and those queued before the list.
+
+    Attributes:
+        source: address in pinned memory.
+        destination: address on the device.
+        nbytes: how many.
+    """
+
+    source: int
+    destination: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Await:
+    """What follows begins when so many fetches of its list are done, counted from the list's first."""
+
+    fetches: int
+
+
+Work = Launch | Fetch | Await
+"""What is queued. A list ends when its launches have ended; each of its fetches is awaited in it."""
+
+
 class Memory(Protocol):
     """Memory of the device; given back when nobody holds it any more."""
 
     address: int
     nbytes: int
+
+
+class Pinned(Protocol):
+    """Memory of the host that the device copies from, or reads at the same address; given back likewise.
+
+    Attributes:
+        address: the first.
+        nbytes: how many.
+        data: what it holds, uint8 [nbytes].
+    """
+
+    address: int
+    nbytes: int
+    data: NDArray[np.uint8]
 
 
 class Addresses(Protocol):
@@ -66,15 +108,29 @@ class Runtime(Protocol):
         total_bytes: of its memory.
         matrix_units: whether kernels may use them.
         multiprocessors: how many it has.
+        shared_bytes: the most shared memory that a block of threads may have.
     """
 
     name: str
     total_bytes: int
     matrix_units: bool
     multiprocessors: int
+    shared_bytes: int
 
     def allocate(self, nbytes: int, purpose: str) -> Memory:
         """Memory, whatever it holds.
+
+        Raises:
+            MemoryLimitError: there is not so much left; the text names the purpose.
+        """
+        ...
+
+    def free_bytes(self) -> int:
+        """Of the device's memory, what ``allocate`` may still give."""
+        ...
+
+    def pinned(self, nbytes: int, purpose: str) -> Pinned:
+        """Memory of the host, whatever it holds.
 
         Raises:
             MemoryLimitError: there is not so much left; the text names the purpose.
@@ -115,12 +171,12 @@ class Runtime(Protocol):
         """
         ...
 
-    def launch(self, launches: Sequence[Launch]) -> None:
-        """Queue kernels, one after the other."""
+    def launch(self, launches: Sequence[Work]) -> None:
+        """Queue kernels, one after the other, and the copies beside them."""
         ...
 
-    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
-        """The same kernels as one graph; calling it queues them all."""
+    def record(self, launches: Sequence[Work]) -> Callable[[], None]:
+        """The same as one graph; calling it queues all of it."""
         ...
 
     def synchronise(self) -> None:

@@ -14,6 +14,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "kernels"
 
+SEALED_MODULES = ("seal", "attention_sealed", "attention_sealed_tiles")
+"""Modules with a version for each pair of formats of sealed keys and values; see ``formats_name``."""
+
+_FORMATS = {"int8": "Int8", "int4": "Int4", "float16": "Float16", "float32": "Float32"}
+
 _CODES = {"u64": "Q", "int": "i", "float": "f", "double": "d"}
 
 
@@ -26,7 +31,8 @@ class Kernel:
         name: in that file.
         arguments: name of a structure.
         threads: of a block.
-        encoding: of the weights it reads, where the module has a version for each.
+        encoding: of the weights it reads, or the formats of keys and values, where the module has a version
+            for each.
         shared: bytes of shared memory that a launch asks for.
     """
 
@@ -41,11 +47,32 @@ class Kernel:
 def text_of(module: str, encoding: str | None = None) -> str:
     """A module's source, for one encoding where it has versions."""
     only = ""
-    if encoding is not None:
+    if encoding is not None and module in SEALED_MODULES:
+        only = _formats(encoding)
+    elif encoding is not None:
         only = f"#define FOR_ENCODINGS(X) X({encoding}, {encoding.upper()})\n#define FOR_PLAIN(X)\n"
         if encoding in ("f32", "f16", "bf16"):
             only = f"#define FOR_ENCODINGS(X)\n#define FOR_PLAIN(X) X({encoding}, {encoding.upper()})\n"
     return only + _with_includes(f"{module}.cu", set())
+
+
+def formats_name(keys: str, values: str, exact: str, *, even: bool) -> str:
+    """The name of a version of kernels for a sealed cache.
+
+    Args:
+        keys, values: formats of sealed blocks.
+        exact: dtype of exact copies.
+        even: whether blocks have whole runs of positions, heads whole chunks, and everything lies where
+            it can be read by words.
+    """
+    return f"{keys}_{values}_{exact}_{'even' if even else 'any'}"
+
+
+def _formats(name: str) -> str:
+    keys, values, exact, kind = name.split("_")
+    defined = {"KEYS": _FORMATS[keys], "VALUES": _FORMATS[values], "EXACT": _FORMATS[exact]}
+    lines = [f"#define {macro} {format}\n" for macro, format in defined.items()]
+    return "".join(lines) + f"#define EVEN {int(kind == 'even')}\n"
 
 
 def pack(name: str, values: Mapping[str, int | float | None]) -> bytes:

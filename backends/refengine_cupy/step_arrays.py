@@ -41,6 +41,8 @@ def shape_of(batch: StepBatch, layout: KVLayout) -> StepShape:
         blocks=_power_of_two(blocks),
         partitions=_power_of_two(partitions),
         query_tiles=len(query_tiles(batch)),
+        fills=any(pool.sealed for pool in layout.groups)
+        and bool(((batch.positions + 1) % layout.block_size == 0).any()),
     )
 
 
@@ -63,6 +65,7 @@ def offsets_of(shape: StepShape, pools: int) -> tuple[Mapping[str, int], int]:
         "context_lens": shape.sequences,
         "logit_rows": shape.rows,
         "query_tiles": shape.query_tiles,
+        "temperatures": 2 * shape.rows,  # of 8 bytes; only where candidates are wanted
     }
     for pool in range(pools):
         sizes[f"slot_mapping.{pool}"] = shape.tokens

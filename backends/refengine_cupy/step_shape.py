@@ -16,6 +16,7 @@ class StepShape:
         partitions: of the longest context that some query sees.
         query_tiles: tiles of at most ``QUERY_TILE`` queries of one sequence each; 0 where queries go one by
             one.
+        fills: whether some block becomes full that is sealed then.
     """
 
     tokens: int
@@ -24,6 +25,7 @@ class StepShape:
     blocks: int
     partitions: int
     query_tiles: int
+    fills: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

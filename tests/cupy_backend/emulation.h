@@ -1,7 +1,10 @@
 // A device played by one thread of the host: enough of CUDA's dialect to run the kernels as they are.
 //
 // Each thread of a block is a fiber with a stack of its own. A fiber runs until it waits: for its block, or for the
-// 32 of its group. Fibers and blocks go in a shuffled order, so that what rests on an order shows.
+// 32 of its group. Fibers and blocks go in a shuffled order, so that what rests on an order shows: threads do not go in
+// step here, however wide the waves of the hardware may be. Where they wait for each other, all of a block or of a group
+// must wait in the same line: on hardware whose waves are wider than a group, other lines would be other barriers, and
+// threads that are elsewhere would take no part in a shuffle. What a thread leaves behind that has ended is NaN.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -32,6 +35,7 @@ struct Fiber {
     void *sp;
     char *stack;
     State state;
+    int place; // the line where it waits
 };
 
 static Fiber fibers[MOST];
@@ -70,15 +74,16 @@ emulated_switch:
     ret
 )");
 
-static void wait(State state) {
+static void wait(State state, int place) {
     const int self = current;
-    fibers[self].state = state;
+    fibers[self].state = state, fibers[self].place = place;
     emulated_switch(&fibers[self].sp, scheduler);
 }
 
 static void enter() {
     body(arguments);
-    wait(DONE);
+    memset(exchange[current], 0xFF, sizeof exchange[current]);
+    wait(DONE, 0);
 }
 
 static void prepare(int i) {
@@ -92,7 +97,20 @@ static void prepare(int i) {
     fiber.state = READY;
 }
 
-static bool run_block() {
+// Lets those from first to last go on that wait: not where they wait in several lines.
+static bool release(int first, int last, State state) {
+    int place = 0;
+    for (int i = first; i < last; i++) {
+        if (fibers[i].state != state) continue;
+        if (place && fibers[i].place != place) return false;
+        place = fibers[i].place, fibers[i].state = READY;
+    }
+    return true;
+}
+
+enum Outcome { FINE, STUCK, TOO_MANY, APART };
+
+static Outcome run_block() {
     for (int i = 0; i < count; i++) prepare(i);
     for (;;) {
         bool moved = false;
@@ -109,10 +127,9 @@ static bool run_block() {
             all_done &= fibers[i].state == DONE;
             block_waits &= fibers[i].state == DONE || fibers[i].state == AT_BLOCK;
         }
-        if (all_done) return true;
+        if (all_done) return FINE;
         if (block_waits) {
-            for (int i = 0; i < count; i++)
-                if (fibers[i].state == AT_BLOCK) fibers[i].state = READY;
+            if (!release(0, count, AT_BLOCK)) return APART;
             continue;
         }
         for (int g = 0; g < count; g += GROUP) {
@@ -123,10 +140,9 @@ static bool run_block() {
             }
             if (!whole || !any) continue;
             moved = true;
-            for (int i = g; i < g + GROUP && i < count; i++)
-                if (fibers[i].state == AT_GROUP) fibers[i].state = READY;
+            if (!release(g, g + GROUP < count ? g + GROUP : count, AT_GROUP)) return APART;
         }
-        if (!moved) return false;
+        if (!moved) return STUCK;
     }
 }
 
@@ -135,15 +151,15 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
     gridDim = {x, y, z}, blockDim = {threads, 1, 1};
     dynamic_shared = (u8 *)aligned_alloc(64, (shared + 127) / 64 * 64);
     const u64 blocks = (u64)x * y * z, start = next_random() % blocks;
-    bool fine = true;
-    for (u64 k = 0; fine && k < blocks; k++) {
+    Outcome outcome = FINE;
+    for (u64 k = 0; outcome == FINE && k < blocks; k++) {
         const u64 i = (start + k) % blocks;
         blockIdx = {(u32)(i % x), (u32)(i / x % y), (u32)(i / x / y)};
         memset(dynamic_shared, 0xFF, shared);
-        fine = run_block();
+        outcome = run_block();
     }
     free(dynamic_shared);
-    return fine ? 0 : 1;
+    return outcome;
 }
 } // namespace emulated
 
@@ -152,7 +168,7 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
     static void kernel_##name(const Arguments &a);                                                     \
     static void call_##name(const void *a) { kernel_##name(*(const Arguments *)a); }                   \
     extern "C" int run_##name(const void *a, u32 x, u32 y, u32 z, u32 given, u32 shared) {             \
-        return given > (threads) ? 2 : emulated::run(call_##name, a, x, y, z, given, shared);          \
+        return given > (threads) ? emulated::TOO_MANY : emulated::run(call_##name, a, x, y, z, given, shared);          \
     }                                                                                                  \
     static void kernel_##name(const Arguments &a)
 #define KERNEL_IN_COMPANY(name, Arguments, threads, blocks) KERNEL(name, Arguments, threads)
@@ -160,16 +176,23 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
 #define SHARED_BYTES(name) u8 *name = emulated::dynamic_shared
 #define HAS_MATRIX_UNITS 1
 
-static void __syncthreads() { emulated::wait(emulated::AT_BLOCK); }
-static void group_barrier() { emulated::wait(emulated::AT_GROUP); }
+static void __syncthreads(int place = __builtin_LINE()) { emulated::wait(emulated::AT_BLOCK, place); }
+static void group_barrier(int place) { emulated::wait(emulated::AT_GROUP, place); }
 static void __threadfence() {}
+static int threads_where(int condition, int place = __builtin_LINE()) {
+    static int arrived, number, result; // the result stands until all have come again
+    number = condition != 0 ? (arrived ? number : 0) + 1 : (arrived ? number : 0);
+    if (++arrived == emulated::count) result = number, arrived = 0;
+    __syncthreads(place);
+    return result;
+}
 
-template <class T> static T shuffle_xor(T x, int mask) {
+template <class T> static T shuffle_xor(T x, int mask, int place = __builtin_LINE()) {
     const int self = emulated::current;
     memcpy(emulated::exchange[self], &x, sizeof x);
-    group_barrier();
+    group_barrier(place);
     memcpy(&x, emulated::exchange[self ^ mask], sizeof x);
-    group_barrier();
+    group_barrier(place);
     return x;
 }
 
@@ -182,6 +205,16 @@ INLINE int dot4(u32 a, u32 b, int sum) {
     return sum;
 }
 INLINE u32 count_up(u32 *counter) { return (*counter)++; }
+INLINE u32 pick_bytes(u32 a, u32 b, u32 places) {
+    const u64 both = (u64)b << 32 | a;
+    u32 z = 0;
+    for (int i = 0; i < 4; i++) z |= (u32)(both >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return z;
+}
+INLINE u32 halves_of(float first, float second) { return (u32)float_to_half(second) << 16 | float_to_half(first); }
+INLINE float half_at(u32 both, int i) { return half_to_float((u16)(both >> 16 * i)); }
+INLINE u32 subtract_halves(u32 a, u32 b) { return halves_of(half_at(a, 0) - half_at(b, 0), half_at(a, 1) - half_at(b, 1)); }
+INLINE u32 multiply_halves(u32 a, u32 b) { return halves_of(half_at(a, 0) * half_at(b, 0), half_at(a, 1) * half_at(b, 1)); }
 INLINE void copy16(void *shared, const void *from) { memcpy(shared, from, 16); }
 INLINE void copy4(void *shared, const void *from) { memcpy(shared, from, 4); }
 INLINE void copies_issued() {}
@@ -191,13 +224,13 @@ INLINE void wait_for_producer() {}
 INLINE void let_consumer_start() {}
 
 // Products of a group of 32 threads, by the tables of the PTX manual: K is 32 or 16, in words of four bytes.
-template <int A, int B> static void multiply_bytes(int (&c)[4], const u32 (&a)[A], const u32 (&b)[B]) {
+template <int A, int B> static void multiply_bytes(int (&c)[4], const u32 (&a)[A], const u32 (&b)[B], int place) {
     const int self = emulated::current, lane = self % 32, group = self - lane;
     u32 mine[8] = {};
     for (int i = 0; i < A; i++) mine[i] = a[i];
     for (int i = 0; i < B; i++) mine[4 + i] = b[i];
     memcpy(emulated::exchange[self], mine, sizeof mine);
-    group_barrier();
+    group_barrier(place);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
         for (int word = 0; word < 4 * B; word++) {
@@ -207,15 +240,35 @@ template <int A, int B> static void multiply_bytes(int (&c)[4], const u32 (&a)[A
             c[i] = dot4(from_a[row / 8 + word / 4 * 2], from_b[4 + word / 4], c[i]);
         }
     }
-    group_barrier();
+    group_barrier(place);
 }
-static void multiply_bytes_32(int (&y)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1) {
+static void multiply_bytes_32(int (&y)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1, int place = __builtin_LINE()) {
     const u32 both[2] = {b0, b1};
     y[0] = y[2] = c0, y[1] = y[3] = c1;
-    multiply_bytes(y, a, both);
+    multiply_bytes(y, a, both, place);
 }
-static void multiply_bytes_16(int (&y)[4], u32 a0, u32 a1, u32 b, int c0, int c1) {
+static void multiply_bytes_16(int (&y)[4], u32 a0, u32 a1, u32 b, int c0, int c1, int place = __builtin_LINE()) {
     const u32 both[2] = {a0, a1}, one[1] = {b};
     y[0] = y[2] = c0, y[1] = y[3] = c1;
-    multiply_bytes(y, both, one);
+    multiply_bytes(y, both, one, place);
+}
+
+// Likewise of float16, added up in float64 and rounded once; the tables are those of mma.m16n8k16 in the PTX manual.
+static void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int place = __builtin_LINE()) {
+    const int self = emulated::current, lane = self % 32, group = self - lane;
+    const u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(emulated::exchange[self], mine, sizeof mine);
+    group_barrier(place);
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; k++) {
+            u32 from_a[4], from_b[6];
+            memcpy(from_a, emulated::exchange[group + row % 8 * 4 + k % 8 / 2], sizeof from_a);
+            memcpy(from_b, emulated::exchange[group + column * 4 + k % 8 / 2], sizeof from_b);
+            sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * half_at(from_b[4 + k / 8], k % 2);
+        }
+        c[i] = (float)sum;
+    }
+    group_barrier(place);
 }

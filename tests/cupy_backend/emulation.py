@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refengine.errors import MemoryLimitError
 from refengine_cupy.backend import CupyBackend
-from refengine_cupy.runtime import Launch
+from refengine_cupy.runtime import Await, Fetch, Launch, Work
 from refengine_cupy.source import Kernel, text_of
 
 COMPILER = shutil.which("g++")
@@ -32,6 +32,8 @@ FLAGS = (
     "-w",
 )
 HEADER = Path(__file__).with_name("emulation.h")
+OUTCOMES = ("", "threads wait for each other", "too many threads", "threads wait in different lines")
+"""By what a run gives."""
 
 
 @cache
@@ -42,7 +44,12 @@ def folder() -> Path:
 @cache
 def library(module: str, encoding: str | None) -> ctypes.CDLL:
     """A module, compiled with the header that plays the device."""
-    text = f'#include "{HEADER}"\n{text_of(module, encoding)}'
+    return compiled(module, text_of(module, encoding))
+
+
+def compiled(module: str, source_text: str) -> ctypes.CDLL:
+    """Source, compiled with that header; kept under the module's name."""
+    text = f'#include "{HEADER}"\n{source_text}'
     key = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()[:24]
     path = folder() / f"{module}-{key}.so"
     if not path.exists():
@@ -62,6 +69,15 @@ class HostMemory:
         self.nbytes = nbytes
         self._bytes = np.full(nbytes + 256, 0xFF, np.uint8)
         self.address = -(-self._bytes.ctypes.data // 256) * 256
+
+
+class HostPinned(HostMemory):
+    """Memory that the host writes and the device reads."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        start = self.address - self._bytes.ctypes.data
+        self.data = self._bytes[start : start + nbytes]
 
 
 class HostAddresses:
@@ -85,20 +101,35 @@ class HostAddresses:
 
 
 class EmulatedRuntime:
-    """See ``refengine_cupy.runtime.Runtime``; ``most`` bytes may be allocated."""
+    """See ``refengine_cupy.runtime.Runtime``; ``most`` bytes may be allocated at a time, ``most_pinned``
+    pinned.
+
+    What it does happens in order. Fetches are done as early as the waits allow, or as late.
+    """
 
     name = "a GPU, played by the CPU"
     total_bytes = 2**32
     matrix_units = True
     multiprocessors = 2
+    shared_bytes = 227 * 2**10
 
-    def __init__(self, most: int = 2**32) -> None:
-        self.most, self.launched = most, []
+    def __init__(self, most: int = 2**32, *, fetches: Literal["early", "late"] = "early") -> None:
+        self.most, self.most_pinned, self.launched = most, 2**32, []
+        self.fetches, self.fetched = fetches, 0  # bytes
+        self.free = self.total_bytes
 
     def allocate(self, nbytes: int, purpose: str) -> HostMemory:
         if nbytes > self.most:
             raise MemoryLimitError(f"the device has no {nbytes} bytes left for {purpose}", needed=nbytes)
         return HostMemory(nbytes)
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def pinned(self, nbytes: int, purpose: str) -> HostPinned:
+        if nbytes > self.most_pinned:
+            raise MemoryLimitError(f"the host has no {nbytes} bytes left for {purpose}", needed=nbytes)
+        return HostPinned(nbytes)
 
     def reserve(self, nbytes: int) -> HostAddresses:
         return HostAddresses(nbytes)
@@ -122,22 +153,48 @@ class EmulatedRuntime:
     def prepare(self, kernel: Kernel) -> None:
         library(kernel.module, kernel.encoding)
 
-    def launch(self, launches: Sequence[Launch]) -> None:
-        for launch in launches:
-            kernel = launch.kernel
-            function = getattr(library(kernel.module, kernel.encoding), f"run_{kernel.name}")
-            numbers = [ctypes.c_uint(n) for n in (*launch.grid, kernel.threads, kernel.shared)]
-            status = function(launch.arguments, *numbers)
-            assert status == 0, (
-                f"{kernel.name} {launch.grid}: {['', 'threads wait for each other', 'too many threads'][status]}"
-            )
-            self.launched.append(kernel.name)
+    def launch(self, launches: Sequence[Work]) -> None:
+        waiting, done = list[Fetch](), 0
+        for work in launches:
+            if isinstance(work, Launch):
+                self._launch(work)
+                continue
+            if isinstance(work, Fetch):
+                waiting.append(work)
+            due = done + len(waiting) if self.fetches == "early" else 0
+            if isinstance(work, Await):
+                assert work.fetches <= done + len(waiting), "it waits for a fetch that comes later"
+                due = work.fetches
+            while done < due:
+                fetch = waiting.pop(0)
+                ctypes.memmove(fetch.destination, fetch.source, fetch.nbytes)
+                self.fetched += fetch.nbytes
+                done += 1
+        assert not waiting, "a fetch that nothing waits for"
 
-    def record(self, launches: Sequence[Launch]) -> Callable[[], None]:
+    def _launch(self, launch: Launch) -> None:
+        kernel = launch.kernel
+        function = getattr(library(kernel.module, kernel.encoding), f"run_{kernel.name}")
+        numbers = [ctypes.c_uint(n) for n in (*launch.grid, kernel.threads, kernel.shared)]
+        status = function(launch.arguments, *numbers)
+        assert status == 0, f"{kernel.name} {launch.grid}: {OUTCOMES[status]}"
+        assert kernel.shared <= self.shared_bytes, (
+            f"{kernel.name} wants {kernel.shared} bytes of shared memory"
+        )
+        self.launched.append(kernel.name)
+
+    def record(self, launches: Sequence[Work]) -> Callable[[], None]:
         return lambda: self.launch(launches)
 
     def synchronise(self) -> None:
         pass
+
+
+class NarrowRuntime(EmulatedRuntime):
+    """A device like those of AMD: little shared memory, and no matrix units that kernels know."""
+
+    matrix_units = False
+    shared_bytes = 64 * 2**10
 
 
 class EmulatedBackend(CupyBackend):

@@ -50,9 +50,11 @@ def test_products_have_the_golden_bits(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_long_rows_are_added_in_order_across_stretches(tokens: int) -> None:
+@pytest.mark.parametrize("name", ["q4_0", "int4_g32", "int8_g64"])
+def test_long_rows_are_added_in_order_across_stretches(name: str, tokens: int) -> None:
     """More groups than are multiplied between two barriers, and not a multiple of four."""
-    x, weight = activations(tokens, 32 * 331), matrix("q4_0", 17, 32 * 331)
+    columns = 32 * (330 if name == "int8_g64" else 331)
+    x, weight = activations(tokens, columns), matrix(name, 17, columns)
     ours, golden = (product(start, x, weight) for start in (EmulatedBackend, lambda: load("numpy")))
     assert ours.tobytes() == golden.tobytes()
 
@@ -64,7 +66,7 @@ def block(tracer: Tracer, x, gate, up, down, activation: str):
 
 
 @pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q6_k"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q6_k", "int4_g128", "int8_g32"])
 def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(name: str, activation_name: str) -> None:
     """Gate, up, activation, codes, down and residual: fused for one row, in part for several, by tiles for many."""
     runtimes = []

@@ -69,5 +69,5 @@ def test_only_planned_weights_are_taken() -> None:
     model, runtime = tiny_model(), EmulatedRuntime()
     plan = plan_packed(model.program, model.weights)
     some = WeightPlan(dict(list(plan.weights.items())[:2]))
-    held = DeviceWeights(runtime, model.weights, tuple(some.weights))
+    held = DeviceWeights(runtime, model.weights, some)
     assert held.held == some.total

@@ -1,256 +1,50 @@
-// Paged attention, one query of a key head at a time: for few queries, or short contexts.
-//
-// A block of threads has a token, a key head and its query heads, and one partition of the context (SPLIT) or all of
-// them in turn. In SPLIT the block that comes last joins what the others have left.
-#include "attention.h"
+// Attention of single queries over keys and values as they were written.
+#include "attention_queries.h"
 
-#define SUB_LANES 16           // threads that share a position
-#define MOST_AT_ONCE 4         // query heads treated at once, where a key head has several
-#define MOST_CHUNKS 32         // so heads have at most 256 elements
-#define LOADS 8                // positions whose numbers a thread reads before it uses them
-
-
-template <class C> struct Query {
+template <class C> struct Plain {
+    struct Memory {
+        u64 slots[PARTITION];
+    };
     const Attention &a;
-    const u64 *slots; // shared, of the partition's positions
-    const float *q;   // shared: [AT_ONCE][chunks * CHUNK]
-    int head, heads, chunks, first, last;
-    bool wide;
+    Memory &memory;
+    const int *table;
+    int head;
 
-    INLINE int count(int chunk) const { return a.size - chunk * CHUNK; }
-    INLINE bool sees(int position) const { return position >= first && position <= last; }
+    INLINE Plain(const Attention &a, Memory &memory, int sequence, int position, int head)
+        : a(a), memory(memory), table(a.tables + (long)sequence * a.blocks), head(head) {}
+
+    INLINE void find(const Query &query, int position) {
+        memory.slots[position % PARTITION] = slot_of(a, table, position, head, C::bytes);
+    }
+    INLINE void settle(int place) {}
+
+    template <class B> INLINE void read(const u8 *layer, const Query &query, int start, int run, int chunk, const B &body) const {
+        for (int i = 0; i < RUN; i += LOADS) {
+            C numbers[LOADS];
+#pragma unroll
+            for (int k = 0; k < LOADS; k++) {
+                const int position = start + run * RUN + i + k;
+                if (!query.sees(position)) continue;
+                const u8 *p = layer + memory.slots[position - start];
+                numbers[k].load(p + chunk * CHUNK * C::bytes, query.count(chunk), a.size % CHUNK == 0);
+            }
+            body(numbers, AsTheyAre{}, run * RUN + i);
+        }
+    }
+    template <class B> INLINE void keys(const Query &query, int start, int run, int chunk, const B &body) const {
+        read(a.keys, query, start, run, chunk, body);
+    }
+    template <class B> INLINE void values(const Query &query, int start, int run, int chunk, const B &body) const {
+        read(a.values, query, start, run, chunk, body);
+    }
 };
 
-// Products of keys and queries by chunks: parts[heads][PARTITION][chunks + 1].
-template <class C> INLINE void multiply_keys(const Query<C> &query, int start, float *parts) {
-    const int lane = threadIdx.x % SUB_LANES, run = threadIdx.x / SUB_LANES;
-    for (int chunk = lane; chunk < query.chunks; chunk += SUB_LANES)
-        for (int i = 0; i < RUN; i += LOADS) {
-            C keys[LOADS];
-#pragma unroll
-            for (int k = 0; k < LOADS; k++) {
-                const int position = start + run * RUN + i + k;
-                if (!query.sees(position)) continue;
-                const u8 *p = query.a.keys + query.slots[position - start];
-                keys[k].load(p + chunk * CHUNK * C::bytes, query.count(chunk), query.wide);
-            }
-            for (int h = 0; h < query.heads; h++) {
-                const float *q = query.q + (h * query.chunks + chunk) * CHUNK;
-                const float4 low = load_float4(q), high = load_float4(q + 4);
-                const float numbers[CHUNK] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-                for (int k = 0; k < LOADS; k++) {
-                    const int place = run * RUN + i + k;
-                    if (!query.sees(start + place)) continue;
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int e = 0; e < CHUNK; e++) sum = fmaf(numbers[e], keys[k].at(e), sum);
-                    parts[(h * PARTITION + place) * (query.chunks + 1) + chunk] = sum;
-                }
-            }
-        }
-}
-
-// Values weighed, by runs: sums[heads][RUNS][size].
-template <class C, int AT_ONCE>
-INLINE void add_values(const Query<C> &query, int start, const float (*weights)[PARTITION], float *sums) {
-    const int lane = threadIdx.x % SUB_LANES, run = threadIdx.x / SUB_LANES, size = query.a.size;
-    for (int chunk = lane; chunk < query.chunks; chunk += SUB_LANES) {
-        float sum[AT_ONCE][CHUNK] = {};
-        for (int i = 0; i < RUN; i += LOADS) {
-            C values[LOADS];
-#pragma unroll
-            for (int k = 0; k < LOADS; k++) {
-                const int position = start + run * RUN + i + k;
-                if (!query.sees(position)) continue;
-                const u8 *p = query.a.values + query.slots[position - start];
-                values[k].load(p + chunk * CHUNK * C::bytes, query.count(chunk), query.wide);
-            }
-#pragma unroll
-            for (int k = 0; k < LOADS; k++) {
-                const int place = run * RUN + i + k;
-                if (!query.sees(start + place)) continue;
-#pragma unroll
-                for (int h = 0; h < AT_ONCE; h++) {
-                    if (h >= query.heads) break;
-#pragma unroll
-                    for (int e = 0; e < CHUNK; e++) sum[h][e] = fmaf(weights[h][place], values[k].at(e), sum[h][e]);
-                }
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++) {
-            if (h >= query.heads) break;
-#pragma unroll
-            for (int e = 0; e < CHUNK; e++)
-                if (e < query.count(chunk)) sums[(h * RUNS + run) * size + chunk * CHUNK + e] = sum[h][e];
-        }
-    }
-}
-
-template <class C, bool SPLIT, int AT_ONCE> INLINE void attend(const Attention &a) {
-    constexpr int most_chunks = AT_ONCE == 1 ? MOST_CHUNKS : 16; // with 32, two heads are treated at once
-    SHARED float scores[AT_ONCE * PARTITION * (most_chunks + 1)]; // of keys; then sums of values
-    SHARED float weights[AT_ONCE][PARTITION];
-    SHARED float queries[AT_ONCE * most_chunks * CHUNK]; // 4 heads of 128, or 2 of 256
-    SHARED float largest[AT_ONCE][PARTITION / LANES];
-    SHARED float run_sums[AT_ONCE][RUNS];
-    SHARED u64 slots[PARTITION];
-    SHARED u32 finished;
-
-    const int token = blockIdx.z, head = blockIdx.y, group = a.heads / a.kv_heads;
-    const int chunks = (a.size + CHUNK - 1) / CHUNK;
-    const int at_once = AT_ONCE > 1 && chunks > 16 ? AT_ONCE / 2 : AT_ONCE;
-    wait_for_producer();
-    let_consumer_start();
-    const int position = a.positions[token];
-    const int seen_from = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
-    const int first_partition = seen_from / PARTITION, last_partition = position / PARTITION;
-    const int mine = first_partition + (SPLIT ? (int)blockIdx.x : 0);
-    if (SPLIT && mine > last_partition) return;
-    const int end = SPLIT ? mine : last_partition;
-    const int *table = a.tables + (long)a.sequences[token] * a.blocks;
-
-    for (int done = 0; done < group; done += at_once) {
-        const int heads = group - done < at_once ? group - done : at_once;
-        const int first_head = head * group + done;
-        const long row = (long)token * a.heads + first_head;
-        for (int i = threadIdx.x; i < heads * chunks * CHUNK; i += PARTITION) {
-            const int h = i / (chunks * CHUNK), e = i % (chunks * CHUNK);
-            queries[i] = e < a.size ? a.q[(row + h) * a.size + e] : 0.0f;
-        }
-        float m[AT_ONCE], l[AT_ONCE], sums[AT_ONCE][2] = {}; // a thread has elements threadIdx.x, and + PARTITION
-        for (int h = 0; h < AT_ONCE; h++) m[h] = LOWEST, l[h] = 0.0f;
-        Query<C> query = {a, slots, queries, head, heads, chunks, seen_from, position, a.size % CHUNK == 0};
-        for (int partition = mine; partition <= end; partition++) {
-            const int start = partition * PARTITION;
-            const bool seen = query.sees(start + (int)threadIdx.x);
-            if (seen) slots[threadIdx.x] = slot_of(a, table, start + threadIdx.x, head, C::bytes);
-            __syncthreads();
-            multiply_keys<C>(query, start, scores);
-            __syncthreads();
-            float score[AT_ONCE];
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                if (h >= heads) break;
-                const float *parts = scores + (h * PARTITION + threadIdx.x) * (chunks + 1);
-                float sum = 0.0f;
-                if (seen) {
-                    sum = parts[0];
-                    for (int c = 1; c < chunks; c++) sum = sum + parts[c];
-                }
-                score[h] = seen ? bend(a, sum) : LOWEST;
-                const float most = largest_of_lanes(score[h]);
-                if (threadIdx.x % LANES == 0) largest[h][threadIdx.x / LANES] = most;
-            }
-            __syncthreads();
-            float most[AT_ONCE];
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                if (h >= heads) break;
-                most[h] = LOWEST;
-                for (int i = 0; i < PARTITION / LANES; i++) most[h] = fmaxf(most[h], largest[h][i]);
-                weights[h][threadIdx.x] = seen ? expf(score[h] - most[h]) : 0.0f;
-            }
-            __syncthreads();
-            if (threadIdx.x < (u32)heads * RUNS) {
-                const int h = threadIdx.x / RUNS, run = threadIdx.x % RUNS;
-                float sum = 0.0f;
-                for (int i = 0; i < RUN; i++) sum = sum + weights[h][run * RUN + i];
-                run_sums[h][run] = sum;
-            }
-            add_values<C, AT_ONCE>(query, start, weights, scores);
-            __syncthreads();
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                if (h >= heads) break;
-                float kept, added, total = run_sums[h][0];
-                for (int run = 1; run < RUNS; run++) total = total + run_sums[h][run];
-                float value[2];
-                for (int part = 0; part < 2; part++) {
-                    const int e = threadIdx.x + part * PARTITION;
-                    if (e >= a.size) break;
-                    const float *runs = scores + h * RUNS * a.size + e;
-                    value[part] = runs[0];
-                    for (int run = 1; run < RUNS; run++) value[part] = value[part] + runs[run * a.size];
-                }
-                if (SPLIT) {
-                    float *partial = a.partials + ((row + h) * a.partitions + blockIdx.x) * (a.size + 2);
-                    for (int part = 0; part < 2; part++)
-                        if (threadIdx.x + part * PARTITION < a.size) partial[threadIdx.x + part * PARTITION] = value[part];
-                    if (threadIdx.x == 0) partial[a.size] = most[h], partial[a.size + 1] = total;
-                } else {
-                    join_factors(m[h], most[h], kept, added);
-                    l[h] = join(l[h], kept, total, added);
-                    for (int part = 0; part < 2; part++)
-                        if (threadIdx.x + part * PARTITION < a.size) sums[h][part] = join(sums[h][part], kept, value[part], added);
-                }
-            }
-        }
-        __syncthreads();
-        if (!SPLIT)
-#pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                if (h >= heads) break;
-                for (int part = 0; part < 2; part++) {
-                    const int e = threadIdx.x + part * PARTITION;
-                    if (e < a.size) a.y[(row + h) * a.size + e] = sums[h][part] / l[h];
-                }
-            }
-    }
-    if (!SPLIT) return;
-
-    const u32 count = last_partition - first_partition + 1;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 *counter = a.counters + (long)token * a.kv_heads + head;
-        finished = count_up(counter) == count - 1;
-        if (finished) *counter = 0;
-    }
-    __syncthreads();
-    if (!finished) return;
-    __threadfence();
-    // The factors of join(), of as many partitions as there are threads at a time; then the sums they belong to.
-    float *m_of = scores, *l_of = scores + PARTITION, *kept_of = scores + 2 * PARTITION, *added_of = scores + 3 * PARTITION;
-    for (int h = 0; h < group; h++) {
-        const long row = (long)token * a.heads + head * group + h;
-        const float *partials = a.partials + row * a.partitions * (a.size + 2);
-        float m = LOWEST, l = 0.0f, sums[2] = {};
-        for (u32 first = 0; first < count; first += PARTITION) {
-            const u32 some = count - first < PARTITION ? count - first : PARTITION;
-            __syncthreads();
-            if (threadIdx.x < some) {
-                const float *partial = partials + (long)(first + threadIdx.x) * (a.size + 2) + a.size;
-                m_of[threadIdx.x] = partial[0], l_of[threadIdx.x] = partial[1];
-            }
-            __syncthreads();
-            if (threadIdx.x < some) {
-                float before = m;
-                for (u32 p = 0; p < threadIdx.x; p++) before = fmaxf(before, m_of[p]);
-                join_factors(before, m_of[threadIdx.x], kept_of[threadIdx.x], added_of[threadIdx.x]);
-            }
-            __syncthreads();
-#pragma unroll 16
-            for (u32 p = 0; p < some; p++) {
-                m = fmaxf(m, m_of[p]);
-                l = join(l, kept_of[p], l_of[p], added_of[p]);
-                const float *partial = partials + (long)(first + p) * (a.size + 2) + threadIdx.x;
-                if (threadIdx.x < (u32)a.size) sums[0] = join(sums[0], kept_of[p], partial[0], added_of[p]);
-                if (threadIdx.x + PARTITION < (u32)a.size) sums[1] = join(sums[1], kept_of[p], partial[PARTITION], added_of[p]);
-            }
-        }
-        for (int part = 0; part < 2; part++)
-            if (threadIdx.x + part * PARTITION < a.size) a.y[row * a.size + threadIdx.x + part * PARTITION] = sums[part] / l;
-    }
-}
-
 // One query head per key head, or several.
-KERNEL(attention_f32, Attention, PARTITION) { attend<FloatChunk, false, MOST_AT_ONCE>(a); }
-KERNEL(attention_f16, Attention, PARTITION) { attend<HalfChunk, false, MOST_AT_ONCE>(a); }
-KERNEL(attention_split_f32, Attention, PARTITION) { attend<FloatChunk, true, MOST_AT_ONCE>(a); }
-KERNEL(attention_split_f16, Attention, PARTITION) { attend<HalfChunk, true, MOST_AT_ONCE>(a); }
-KERNEL_IN_COMPANY(attention_1_f32, Attention, PARTITION, 5) { attend<FloatChunk, false, 1>(a); }
-KERNEL_IN_COMPANY(attention_1_f16, Attention, PARTITION, 7) { attend<HalfChunk, false, 1>(a); }
-KERNEL_IN_COMPANY(attention_1_split_f32, Attention, PARTITION, 5) { attend<FloatChunk, true, 1>(a); }
-KERNEL_IN_COMPANY(attention_1_split_f16, Attention, PARTITION, 7) { attend<HalfChunk, true, 1>(a); }
+KERNEL(attention_f32, Attention, PARTITION) { attend<Plain<FloatChunk>, false, MOST_AT_ONCE>(a); }
+KERNEL(attention_f16, Attention, PARTITION) { attend<Plain<HalfChunk>, false, MOST_AT_ONCE>(a); }
+KERNEL(attention_split_f32, Attention, PARTITION) { attend<Plain<FloatChunk>, true, MOST_AT_ONCE>(a); }
+KERNEL(attention_split_f16, Attention, PARTITION) { attend<Plain<HalfChunk>, true, MOST_AT_ONCE>(a); }
+KERNEL_IN_COMPANY(attention_1_f32, Attention, PARTITION, 5) { attend<Plain<FloatChunk>, false, 1>(a); }
+KERNEL_IN_COMPANY(attention_1_f16, Attention, PARTITION, 7) { attend<Plain<HalfChunk>, false, 1>(a); }
+KERNEL_IN_COMPANY(attention_1_split_f32, Attention, PARTITION, 5) { attend<Plain<FloatChunk>, true, 1>(a); }
+KERNEL_IN_COMPANY(attention_1_split_f16, Attention, PARTITION, 7) { attend<Plain<HalfChunk>, true, 1>(a); }

@@ -17,13 +17,14 @@
 
 struct Attention {
     const float *q;
-    const u8 *keys, *values; // of one layer in block 0
-    const int *tables, *sequences, *positions, *query_starts;
+    const u8 *keys, *values; // of one layer in block 0; of a sealed cache, its exact copies
+    const u8 *sealed_keys, *sealed_values;
+    const int *tables, *sealed_tables, *sequences, *positions, *query_starts;
     const int *query_tiles; // first queries of tiles that have queries of one sequence each
     float *y;
     float *partials; // [T, heads, partitions, size + 2]
     u32 *counters;   // [T, kv_heads], zero
-    u64 block_bytes;
+    u64 block_bytes, sealed_block_bytes;
     int tokens, blocks; // blocks: columns of the tables
     int heads, kv_heads, size, block_size, window, partitions;
     float scale, softcap;
@@ -61,6 +62,10 @@ struct FloatChunk {
         for (int e = 0; e < CHUNK; e++) v[e] = e < count ? from[e] : 0.0f;
     }
     INLINE float at(int e) const { return v[e]; }
+};
+
+struct AsTheyAre {
+    template <class C> INLINE float number(const C &chunk, int k, int e) const { return chunk.at(e); }
 };
 
 INLINE float bend(const Attention &a, float sum) {

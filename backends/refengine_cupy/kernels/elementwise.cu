@@ -1,6 +1,7 @@
 // Ops that treat rows or elements alone. Rows lie one after another, without gaps.
 #include "codes.h"
 #include "encodings.h"
+#include "halves.h"
 
 INLINE long thread_number() { return (long)blockIdx.x * blockDim.x + threadIdx.x; }
 
@@ -111,11 +112,13 @@ KERNEL(gated_gelu_tanh, Binary, 256) {
     if (at < a.count) a.z[at] = gelu_tanh(a.x[at]) * a.y[at];
 }
 
-// rms_norm of rows x[count, columns] to y, or to codes. A row is one block's.
+// rms_norm of rows x[count, columns] to y, to codes, or to float16 and powers. A row is one block's.
 struct Norm {
     const float *x, *weight;
     float *y;
     u8 *codes, *scalars;
+    u16 *halves;
+    float *powers;
     int columns;
     float epsilon;
 };
@@ -127,6 +130,30 @@ template <int THREADS> INLINE float block_sum(float sum) {
     __syncthreads();
     sum = threadIdx.x % LANES < THREADS / LANES ? parts[threadIdx.x % LANES] : 0.0f;
     return sum_of_lanes(sum);
+}
+
+template <int THREADS> INLINE u32 block_largest(u32 largest) {
+    SHARED u32 parts[THREADS / LANES];
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const u32 other = (u32)shuffle_xor((int)largest, mask);
+        largest = other > largest ? other : largest;
+    }
+    if (THREADS == LANES) return largest;
+    if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = largest;
+    __syncthreads();
+    for (int i = 0; i < THREADS / LANES; i++) largest = parts[i] > largest ? parts[i] : largest;
+    return largest;
+}
+
+// Four columns of a row, the first of them a multiple of four, as float16.
+INLINE void store_halves(u16 *row, int column, const float4 &x, float factor) {
+    const uint2 both = {halves_of(x.x * factor, x.y * factor), halves_of(x.z * factor, x.w * factor)};
+    *(uint2 *)(row + half_place(column)) = both;
+}
+
+INLINE u32 larger(u32 largest, float x) {
+    const u32 bits = bits_of(x) & 0x7FFFFFFFu;
+    return bits > largest ? bits : largest;
 }
 
 // Rows of any length.
@@ -142,7 +169,7 @@ KERNEL(norm_any, Norm, 32) {
 }
 
 // Rows of whole groups of 32, held in registers: each thread has up to FOURS times four elements.
-template <int THREADS, int FOURS> INLINE void normalise(const Norm &a) {
+template <int THREADS, int FOURS, bool HALVES> INLINE void normalise(const Norm &a) {
     const long start = (long)blockIdx.x * a.columns;
     float4 x[FOURS], weight[FOURS];
 #pragma unroll
@@ -165,6 +192,28 @@ template <int THREADS, int FOURS> INLINE void normalise(const Norm &a) {
     }
     sum = THREADS == LANES ? sum_of_lanes(sum) : block_sum<THREADS>(sum);
     const float factor = 1.0f / sqrtf(sum / (float)a.columns + a.epsilon);
+    if (HALVES) {
+        u32 largest = 0;
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            if ((k * THREADS + (int)threadIdx.x) * 4 >= a.columns) continue;
+            x[k].x = x[k].x * factor * weight[k].x, x[k].y = x[k].y * factor * weight[k].y;
+            x[k].z = x[k].z * factor * weight[k].z, x[k].w = x[k].w * factor * weight[k].w;
+            largest = larger(larger(larger(larger(largest, x[k].x), x[k].y), x[k].z), x[k].w);
+        }
+        const float power = row_power(block_largest<THREADS>(largest));
+        u16 *row = a.halves + (long)blockIdx.x * steps_of(a.columns) * STEP;
+        const float4 zero = {};
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            const int i = (k * THREADS + threadIdx.x) * 4;
+            if (i < a.columns) store_halves(row, i, x[k], row_factor(power));
+            if (a.y && i < a.columns) *(float4 *)(a.y + start + i) = x[k];
+        }
+        for (int i = a.columns + threadIdx.x * 4; i < steps_of(a.columns) * STEP; i += THREADS * 4) store_halves(row, i, zero, 1.0f);
+        if (threadIdx.x == 0) a.powers[blockIdx.x] = power;
+        return;
+    }
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         const int i = (k * THREADS + threadIdx.x) * 4;
@@ -189,9 +238,44 @@ template <int THREADS, int FOURS> INLINE void normalise(const Norm &a) {
     }
 }
 
-KERNEL(norm_512, Norm, 32) { normalise<32, 4>(a); }
-KERNEL(norm_8192, Norm, 1024) { normalise<1024, 2>(a); }
-KERNEL(norm_32768, Norm, 1024) { normalise<1024, 8>(a); }
+KERNEL(norm_512, Norm, 32) { normalise<32, 4, false>(a); }
+KERNEL(norm_8192, Norm, 1024) { normalise<1024, 2, false>(a); }
+KERNEL(norm_32768, Norm, 1024) { normalise<1024, 8, false>(a); }
+KERNEL(norm_halves_512, Norm, 32) { normalise<32, 4, true>(a); }
+KERNEL(norm_halves_8192, Norm, 1024) { normalise<1024, 2, true>(a); }
+KERNEL(norm_halves_32768, Norm, 1024) { normalise<1024, 8, true>(a); }
+
+// Rows x[count, columns] as float16, and the power that each is divided by. A row is one block's.
+struct RoundRows {
+    const float *x;
+    u16 *halves;
+    float *powers;
+    int columns;
+};
+
+INLINE float4 load_four(const float *x, int column, int columns) {
+    if (columns % 4 == 0 && column < columns) return load_float4(x + column);
+    float four[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) four[i] = column + i < columns ? x[column + i] : 0.0f;
+    return make_float4(four[0], four[1], four[2], four[3]);
+}
+
+KERNEL(round_rows, RoundRows, 1024) {
+    wait_for_producer();
+    let_consumer_start();
+    const float *x = a.x + (long)blockIdx.x * a.columns;
+    u16 *row = a.halves + (long)blockIdx.x * steps_of(a.columns) * STEP;
+    u32 largest = 0;
+    for (int i = threadIdx.x * 4; i < a.columns; i += 4096) {
+        const float4 four = load_four(x, i, a.columns);
+        largest = larger(larger(larger(larger(largest, four.x), four.y), four.z), four.w);
+    }
+    const float power = row_power(block_largest<1024>(largest));
+    for (int i = threadIdx.x * 4; i < steps_of(a.columns) * STEP; i += 4096)
+        store_halves(row, i, load_four(x, i, a.columns), row_factor(power));
+    if (threadIdx.x == 0) a.powers[blockIdx.x] = power;
+}
 
 struct Quantize {
     const float *x;

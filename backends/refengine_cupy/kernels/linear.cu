@@ -2,7 +2,7 @@
 //
 // 32 lanes have one row of weights and up to TOKENS rows of x. Each lane adds up, in order, every 32nd group (or
 // weight, where rows are stored plainly), and the lanes' sums are added pairwise. So a result's order depends on
-// the number of columns and the encoding alone.
+// the number of columns and the encoding alone, and is the same in tiles of rows and tokens.
 #include "encodings.h"
 
 #define TOKENS 8
@@ -68,9 +68,77 @@ template <class E> INLINE void multiply_plain(const Linear &a) {
     store_sums(a, sums, row, first);
 }
 
+#define SIDE 8 // of a tile: rows, and tokens
+#define ROW_TILES 4 // of a block of threads
+#define TOKEN_TILES 2
+
+// Tiles of 8 rows and 8 tokens, of which there must be so many: of each of its columns, a lane has 16 numbers for 64
+// multiplications. The last tiles lie over those before them, with the same results.
+template <class E> struct PlainTile {
+    const Linear &a;
+    long first_weight, first_x;
+
+    INLINE void load(int k, float (&weights)[SIDE], float (&x)[SIDE]) const {
+#pragma unroll
+        for (int i = 0; i < SIDE; i++) {
+            weights[i] = E::weight(a.codes, first_weight + (long)i * a.columns + k);
+            x[i] = a.x[first_x + (long)i * a.columns + k];
+        }
+    }
+
+    static INLINE void multiply(const float (&weights)[SIDE], const float (&x)[SIDE], float (&sums)[SIDE * SIDE]) {
+#pragma unroll
+        for (int i = 0; i < SIDE * SIDE; i++) sums[i] = fmaf(weights[i % SIDE], x[i / SIDE], sums[i]);
+    }
+
+    INLINE void add_up(float (&sums)[SIDE * SIDE]) const {
+        float weights[2][SIDE], x[2][SIDE];
+        int k = threadIdx.x % LANES;
+        for (; k + LANES < a.columns; k += 2 * LANES) { // the same addresses serve for both loads
+            load(k, weights[0], x[0]), load(k + LANES, weights[1], x[1]);
+            multiply(weights[0], x[0], sums), multiply(weights[1], x[1], sums);
+        }
+        if (k >= a.columns) return;
+        load(k, weights[0], x[0]);
+        multiply(weights[0], x[0], sums);
+    }
+};
+
+// Of COUNT results whose parts are in 32 lanes, lane l has those from COUNT / 32 * l on at the beginning of `sums`:
+// added as by sum_of_lanes, but each sum in one lane.
+template <int COUNT, int MASK> INLINE void share_sums(float (&sums)[SIDE * SIDE]) {
+    const bool upper = threadIdx.x & MASK;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+        const float mine = upper ? sums[COUNT / 2 + i] : sums[i], others = upper ? sums[i] : sums[COUNT / 2 + i];
+        sums[i] = mine + shuffle_xor(others, MASK);
+    }
+    if constexpr (MASK > 1) share_sums<COUNT / 2, MASK / 2>(sums);
+}
+
+template <class E> INLINE void multiply_plain_tiles(const Linear &a) {
+    wait_for_producer();
+    let_consumer_start();
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    int token = (blockIdx.x * TOKEN_TILES + warp / ROW_TILES) * SIDE, row = (blockIdx.y * ROW_TILES + warp % ROW_TILES) * SIDE;
+    if (row >= a.rows || token >= a.tokens) return;
+    token = token < a.tokens - SIDE ? token : a.tokens - SIDE;
+    row = row < a.rows - SIDE ? row : a.rows - SIDE;
+    const PlainTile<E> tile = {a, (long)row * a.columns, (long)token * a.columns};
+    float sums[SIDE * SIDE] = {};
+    tile.add_up(sums);
+    share_sums<SIDE * SIDE, LANES / 2>(sums);
+    token += lane * 2 / SIDE, row += lane * 2 % SIDE;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        a.y[(long)token * a.rows + row + i] = a.bias ? sums[i] + a.bias[row + i] : sums[i];
+}
+
 #define X(name, E) KERNEL(linear_##name, Linear, 256) { multiply_packed<E>(a); }
 FOR_ENCODINGS(X)
 #undef X
-#define X(name, E) KERNEL(linear_##name, Linear, 256) { multiply_plain<E>(a); }
+#define X(name, E)                                                                                     \
+    KERNEL(linear_##name, Linear, 256) { multiply_plain<E>(a); }                                       \
+    KERNEL_IN_COMPANY(linear_tiles_##name, Linear, 256, 2) { multiply_plain_tiles<E>(a); }
 FOR_PLAIN(X)
 #undef X

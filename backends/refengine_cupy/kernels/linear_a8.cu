@@ -19,7 +19,7 @@ template <class E> INLINE int exact_sum(const u32 (&w)[8], const Scale &scale, c
     low = dot4(w[1], p.z, low), high = dot4(w[5], p.w, high);
     low = dot4(w[2], q.x, low), high = dot4(w[6], q.y, high);
     low = dot4(w[3], q.z, low), high = dot4(w[7], q.w, high);
-    if (!E::factors) return low + high - E::zero * x.sum;
+    if (!E::factors) return low + high - (E::zeros ? scale.zero : E::zero) * x.sum;
     return scale.low * (low - E::zero * (x.sum - x.second)) + scale.high * (high - E::zero * x.second);
 }
 
@@ -218,8 +218,8 @@ template <class E, int TOKENS, int STEPS, int GATED> INLINE void product(const P
     rows.run(x_memory);
 }
 
-// What a thread has under way, in registers.
-#define STEPS_OF(E) (E::offset || E::code_bytes > 16 ? 4 : 8)
+// What a thread has under way, in registers: no more than it has, as one that is put away must have come first.
+#define STEPS_OF(E) (E::offset || E::zeros || E::factors || E::code_bytes > 16 ? 4 : 8)
 
 #define X(name, E)                                                                                     \
     KERNEL_IN_COMPANY(product_1_##name, Product, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 0>(a); } \

@@ -3,7 +3,8 @@
 // A product of a group is exact, so nothing depends on how tiles are cut; what follows it goes from left to right,
 // one group after the other, in the thread that has the element. The units add to what they are given: 1.5 * 2^23, less
 // the encoding's zero times the sum of the codes. So the integer they give is a float's bits, and that float is
-// 1.5 * 2^23 and the exact product: no conversion is needed.
+// 1.5 * 2^23 and the exact product: no conversion is needed. Where each group of a row has a zero of its own, it is
+// taken off after them.
 #include "codes.h"
 #include "product.h"
 
@@ -21,7 +22,7 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
     struct Stage {
         u8 codes[rows * GROUPS * TILE * E::code_bytes];
         u8 high[rows * GROUPS * TILE * (E::high_bytes ? E::high_bytes : 1)];
-        u8 scales[rows * GROUPS * TILE * E::scale_bytes];
+        u8 scales[rows * GROUPS / E::scale_groups * TILE * E::scale_bytes];
         u8 blocks[rows * TILE * (E::block_bytes ? E::block_bytes : 1)];
         u8 x_codes[GROUPS * tokens * 32];
         u32 x_fields[fields][GROUPS][tokens]; // scale, sum, and scaled sum or sum of the second 16
@@ -45,26 +46,28 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
     static INLINE constexpr int share(int count) { return (count + threads - 1) / threads; }
     static constexpr int code_copies = rows * GROUPS * TILE * E::code_bytes / 16;
     static constexpr int high_copies = rows * GROUPS * TILE * E::high_bytes / 16;
-    static constexpr int scale_copies = rows * GROUPS * TILE * E::scale_bytes / 16;
+    static constexpr int scale_copies = rows * GROUPS / E::scale_groups * TILE * E::scale_bytes / 16;
     static constexpr int x_copies = GROUPS * tokens * 2, field_copies = GROUPS * tokens;
 
     // Where a thread's copies come from, at the stage to be loaded next.
     u32 code_from[share(code_copies)], high_from[share(high_copies) + 1], scale_from[share(scale_copies)];
     u32 x_from[share(x_copies)], field_from[share(field_copies)];
 
-    template <int BYTES, int COUNT> INLINE void begin_rows(u32 *from) {
+    // Of a plane that has BYTES for what SHARING groups of a row have in common.
+    template <int BYTES, int COUNT, int SHARING = 1> INLINE void begin_rows(u32 *from) {
+        constexpr int stage = GROUPS / SHARING * TILE * BYTES;
 #pragma unroll
         for (int k = 0; k < share(COUNT); k++) {
-            const int i = (threadIdx.x + k * threads) * 16, row = i / (GROUPS * TILE * BYTES);
+            const int i = (threadIdx.x + k * threads) * 16, row = i / stage;
             const int tile = first_tile + row < tiles ? first_tile + row : tiles - 1;
-            from[k] = (u32)tile * (groups * TILE * BYTES) + i % (GROUPS * TILE * BYTES);
+            from[k] = (u32)tile * (groups / SHARING * TILE * BYTES) + i % stage;
         }
     }
 
     INLINE void begin() {
         begin_rows<E::code_bytes, code_copies>(code_from);
         if (E::high_bytes) begin_rows<E::high_bytes, high_copies>(high_from);
-        begin_rows<E::scale_bytes, scale_copies>(scale_from);
+        begin_rows<E::scale_bytes, scale_copies, E::scale_groups>(scale_from);
 #pragma unroll
         for (int k = 0; k < share(x_copies); k++) {
             const int i = threadIdx.x + k * threads;
@@ -77,12 +80,12 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
         }
     }
 
-    template <int BYTES, int COUNT> INLINE void copy_planes(u8 *to, const u8 *plane, u32 *from) {
+    template <int BYTES, int COUNT, int SHARING = 1> INLINE void copy_planes(u8 *to, const u8 *plane, u32 *from) {
 #pragma unroll
         for (int k = 0; k < share(COUNT); k++) {
             const int i = threadIdx.x + k * threads;
             if (COUNT % threads == 0 || i < COUNT) copy16(to + i * 16, plane + from[k]);
-            from[k] += GROUPS * TILE * BYTES;
+            from[k] += GROUPS / SHARING * TILE * BYTES;
         }
     }
 
@@ -91,7 +94,7 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
         Stage &to = stages[stage];
         copy_planes<E::code_bytes, code_copies>(to.codes, part.weight.codes, code_from);
         if (E::high_bytes) copy_planes<E::high_bytes, high_copies>(to.high, part.weight.high, high_from);
-        copy_planes<E::scale_bytes, scale_copies>(to.scales, part.weight.scales, scale_from);
+        copy_planes<E::scale_bytes, scale_copies, E::scale_groups>(to.scales, part.weight.scales, scale_from);
         if (E::block_bytes)
             copy_rows<TILE * E::block_bytes>(to.blocks, part.weight.blocks, start / 8 * TILE * E::block_bytes, groups / 8 * TILE * E::block_bytes);
 #pragma unroll
@@ -126,7 +129,9 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
         copy_rows<GROUPS * TILE * E::code_bytes>(to.codes, part.weight.codes, start * TILE * E::code_bytes, groups * TILE * E::code_bytes);
         if (E::high_bytes)
             copy_rows<GROUPS * TILE * E::high_bytes>(to.high, part.weight.high, start * TILE * E::high_bytes, groups * TILE * E::high_bytes);
-        copy_rows<GROUPS * TILE * E::scale_bytes>(to.scales, part.weight.scales, start * TILE * E::scale_bytes, groups * TILE * E::scale_bytes);
+        constexpr int sharing = E::scale_groups;
+        copy_rows<GROUPS / sharing * TILE * E::scale_bytes>(
+            to.scales, part.weight.scales, start / sharing * TILE * E::scale_bytes, groups / sharing * TILE * E::scale_bytes);
         if (E::block_bytes)
             copy_rows<TILE * E::block_bytes>(to.blocks, part.weight.blocks, start / 8 * TILE * E::block_bytes, groups / 8 * TILE * E::block_bytes);
         for (int i = threadIdx.x; i < GROUPS * tokens * 2; i += threads) {
@@ -186,7 +191,10 @@ template <class E, int WARPS_M, int WARPS_N, int MT, int NT, int STAGES, int AHE
                     int y[4];
                     multiply_bytes_32(y, w[m], x.x, x.y, MAGIC - E::zero * (int)sum.x, MAGIC - E::zero * (int)sum.y);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) integers[i] = float_of_bits((u32)y[i]) - MAGIC_FLOAT;
+                    for (int i = 0; i < 4; i++) {
+                        if (E::zeros) y[i] -= scales[m][i / 2].zero * (int)(i % 2 ? sum.y : sum.x);
+                        integers[i] = float_of_bits((u32)y[i]) - MAGIC_FLOAT;
+                    }
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {

@@ -25,10 +25,12 @@ typedef unsigned long long u64;
 #define SHARED __shared__
 #define SHARED_BYTES(name) extern __shared__ uint4 name##_words[]; u8 *name = (u8 *)name##_words
 
-INLINE float half_to_float(u16 bits) { return (float)*(const _Float16 *)&bits; }
-INLINE u16 float_to_half(float x) { _Float16 h = (_Float16)x; return *(const u16 *)&h; }
+INLINE float half_to_float(u16 bits) { return (float)__builtin_bit_cast(_Float16, bits); }
+INLINE u16 float_to_half(float x) { return __builtin_bit_cast(u16, (_Float16)x); }
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor(x, mask, LANES); }
 INLINE int shuffle_xor(int x, int mask) { return __shfl_xor(x, mask, LANES); }
+INLINE double shuffle_xor(double x, int mask) { return __shfl_xor(x, mask, LANES); }
+INLINE int threads_where(int condition) { return __syncthreads_count(condition); } // of the block, which waits
 INLINE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 INLINE u32 bits_of(float x) { return __float_as_uint(x); }
 INLINE int dot4(u32 a, u32 b, int sum) {
@@ -36,6 +38,36 @@ INLINE int dot4(u32 a, u32 b, int sum) {
     return sum;
 }
 INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
+INLINE int shuffle(int x, int lane) { return __shfl(x, lane, LANES); }
+INLINE u32 pick_bytes(u32 a, u32 b, u32 places) { return __byte_perm(a, b, places); }
+typedef _Float16 Half2 __attribute__((ext_vector_type(2)));
+INLINE u32 subtract_halves(u32 a, u32 b) {
+    return __builtin_bit_cast(u32, __builtin_bit_cast(Half2, a) - __builtin_bit_cast(Half2, b));
+}
+INLINE u32 multiply_halves(u32 a, u32 b) {
+    return __builtin_bit_cast(u32, __builtin_bit_cast(Half2, a) * __builtin_bit_cast(Half2, b));
+}
+INLINE u32 halves_of(float first, float second) { return (u32)float_to_half(second) << 16 | float_to_half(first); }
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], of float16 in float32, by a group of 32 threads, laid out as NVIDIA's units take
+// them: no unit of AMD's does, so threads ask each other. Sums go by fours of columns, one after the other.
+INLINE void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    const int lane = (int)threadIdx.x % LANES, row = lane / 4, column = lane % 4 * 2;
+    for (int part = 0; part < 4; part++) {
+        u32 from_a[4], from_b[2][2];
+        for (int i = 0; i < 4; i++) from_a[i] = (u32)shuffle((int)a[i], row * 4 + part);
+        for (int n = 0; n < 2; n++) {
+            from_b[n][0] = (u32)shuffle((int)b0, (column + n) * 4 + part);
+            from_b[n][1] = (u32)shuffle((int)b1, (column + n) * 4 + part);
+        }
+        for (int i = 0; i < 4; i++)
+            for (int half = 0; half < 2; half++) {
+                const u32 x = from_a[i / 2 + 2 * half], y = from_b[i % 2][half];
+                c[i] = fmaf(half_to_float((u16)x), half_to_float((u16)y), c[i]);
+                c[i] = fmaf(half_to_float((u16)(x >> 16)), half_to_float((u16)(y >> 16)), c[i]);
+            }
+    }
+}
 INLINE void copy16(void *shared, const void *from) { *(uint4 *)shared = *(const uint4 *)from; }
 INLINE void copies_issued() {}
 template <int PENDING> INLINE void copies_done() {}
@@ -58,10 +90,22 @@ INLINE float half_to_float(u16 bits) { float x; asm("cvt.f32.f16 %0, %1;" : "=f"
 INLINE u16 float_to_half(float x) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 INLINE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+INLINE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+INLINE int threads_where(int condition) { return __syncthreads_count(condition); } // of the block, which waits
 INLINE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 INLINE u32 bits_of(float x) { return __float_as_uint(x); }
 INLINE int dot4(u32 a, u32 b, int sum) { return __dp4a((int)a, (int)b, sum); }
 INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
+INLINE u32 pick_bytes(u32 a, u32 b, u32 places) { return __byte_perm(a, b, places); }
+
+// Two float16 at a time, the first in the lower half; subnormal ones are numbers like any other.
+INLINE u32 subtract_halves(u32 a, u32 b) { u32 z; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(a), "r"(b)); return z; }
+INLINE u32 multiply_halves(u32 a, u32 b) { u32 z; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(a), "r"(b)); return z; }
+INLINE u32 halves_of(float first, float second) {
+    u32 z;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(second), "f"(first));
+    return z;
+}
 
 // 16 bytes to shared memory, in the background; groups of copies are waited for in their order.
 INLINE void copy16(void *shared, const void *from) {
@@ -111,6 +155,13 @@ INLINE void multiply_bytes_16(int (&y)[4], u32 a0, u32 a1, u32 b, int c0, int c1
     asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%7,%8};"
         : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
         : "r"(a0), "r"(a1), "r"(b), "r"(c0), "r"(c1));
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], of float16 in float32, by a group of 32 threads.
+INLINE void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 #endif

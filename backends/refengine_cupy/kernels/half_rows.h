@@ -1,0 +1,68 @@
+// Weights as float16, as matrix units take them: a thread has a group of 32 weights of a row, of which it gives four at
+// a time.
+#pragma once
+#include "product.h"
+#include "halves.h"
+
+// A group that is stored as integers. Each weight is its decoded value, rounded once: a product of two float16 is
+// that already where nothing is added to it and its factor is a float16 number.
+template <class E> struct PackedRow {
+    static constexpr int ahead = 4, company = E::high_bytes || E::block_bytes || E::code_bytes > 16 ? 2 : 3; // see linear_a16.cu
+    static constexpr bool whole = !E::offset && !E::factors && E::block_bytes == 0;
+    E stored;
+    u32 words[8];
+    Scale scale;
+
+    // Groups behind the last one are replaced by it: what they are multiplied with is zero.
+    INLINE void load(const Part &part, int columns, int row, int group) {
+        const int groups = columns / 32, tiles = (part.rows + TILE - 1) / TILE;
+        const int tile = row / TILE < tiles ? row / TILE : tiles - 1;
+        stored.load(part.weight, ((long)tile * groups + (group < groups ? group : groups - 1)) * TILE + row % TILE, groups);
+    }
+    INLINE void open() {
+        stored.words(words);
+        scale = stored.scale();
+    }
+    // What is taken from an integer: the zero, and what turned a signed byte into an unsigned one.
+    INLINE int shift() const { return (E::zeros ? scale.zero : E::zero) + (E::code_bytes == 32 ? 128 : 0); }
+    INLINE u32 unsigned_bytes(int word) const { return words[word] ^ (E::code_bytes == 32 ? 0x80808080u : 0u); }
+
+    INLINE float weight(int word, int byte) const {
+        const u32 integer = pick_bytes(unsigned_bytes(word), 0x4B000000u, 0x7440u | (u32)byte); // 2^23 + b
+        const float factor = !E::factors ? scale.d : scale.d * (float)(word < 4 ? scale.low : scale.high);
+        const float product = (float_of_bits(integer) - (8388608.0f + (float)shift())) * factor;
+        return E::offset ? product + scale.m : product;
+    }
+    // Weights 4 * word .. 4 * word + 3, two by two.
+    INLINE void four(int word, u32 &first, u32 &second) const {
+        if (!whole) {
+            first = halves_of(weight(word, 0), weight(word, 1));
+            second = halves_of(weight(word, 2), weight(word, 3));
+            return;
+        }
+        // 1024 + b is a float16 whose last bits are those of b.
+        const u32 bytes = unsigned_bytes(word), d = (u32)float_to_half(scale.d) * 0x10001u;
+        const u32 zero = (0x6400u + (u32)shift()) * 0x10001u;
+        first = multiply_halves(subtract_halves(pick_bytes(bytes, 0x64646464u, 0x4140u), zero), d);
+        second = multiply_halves(subtract_halves(pick_bytes(bytes, 0x64646464u, 0x4342u), zero), d);
+    }
+};
+
+// A group that is stored as numbers.
+template <class E> struct PlainRow {
+    static constexpr int ahead = 2, company = 2;
+    u32 halves[16];
+
+    INLINE void load(const Part &part, int columns, int row, int group) {
+        const long start = (long)(row < part.rows ? row : part.rows - 1) * columns;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int column = group * 32 + 2 * i;
+            const float first = column < columns ? E::weight(part.weight.codes, start + column) : 0.0f;
+            const float second = column + 1 < columns ? E::weight(part.weight.codes, start + column + 1) : 0.0f;
+            halves[i] = halves_of(first, second);
+        }
+    }
+    INLINE void open() {}
+    INLINE void four(int word, u32 &first, u32 &second) const { first = halves[2 * word], second = halves[2 * word + 1]; }
+};
