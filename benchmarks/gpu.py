@@ -1,11 +1,14 @@
 """refengine on a GPU: Llama-2-7B's shape with random weights in Q4_0, beside Transformers in float16.
 
-    python benchmarks/gpu.py [--parts decode,prefill,batch,memory,profile,transformers] [--json FILE]
+    python benchmarks/gpu.py [--parts decode,prefill,batch,memory,profile,tokens,transformers]
+                             [--policy mixed8 mixed16 float32] [--json FILE]
 
-Everything is measured through ``Engine.step``: scheduling, the copy of the logits and sampling included.
-*Device* figures are those of ``Executable.run`` alone, from the copy of a step's arrays to that of the
-logits. Memory is the driver's: what it has given out, less what it had given out before the first context;
-the context itself, and the code of kernels, are stated apart.
+Everything is measured through ``Engine.step``: scheduling, the copy of the results and sampling included.
+*Device* figures are those of the executable alone, from the copy of a step's arrays to that of what it gives.
+Memory is the driver's: what it has given out, less what it had given out before the first context; the
+context itself, and the code of kernels, are stated apart. It is measured with float16 KV and with int8.
+*Tokens* are those of SmolLM2 and Gemma 3, continued greedily, beside the golden engine's: the NumPy backend
+under float32. Every part is a process of its own; all but Transformers are run under every policy.
 """
 
 from __future__ import annotations
@@ -20,50 +23,64 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from peers_figures import common_beginning
 
 SHAPE = "llama-2-7b"
 CONTEXTS = (1, 2048, 7936)
 GENERATED = 128
 REQUESTS = 64
-PARTS = ("decode", "prefill", "batch", "memory", "profile", "transformers")
+MARKS = (2048, 8192)
+KV_DTYPES = ("float16", "int8")
+PARTS = ("decode", "prefill", "batch", "memory", "profile", "tokens", "transformers")
+POLICIES = ("mixed8", "mixed16", "float32")
+GOLDEN_MODELS = ("smollm2", "gemma3-270m")
+GOLDEN_PROMPTS = (
+    "Why is the sky blue?",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea,",
+)
+GOLDEN_TOKENS = 24
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", type=Path, default=Path("/tmp/llama-2-7b-q4_0.gguf"))
     arguments.add_argument("--shape", default=SHAPE)
-    arguments.add_argument("--policy", default="mixed8")
+    arguments.add_argument("--policy", nargs="+", default=["mixed8"], choices=POLICIES)
     arguments.add_argument("--parts", default=",".join(PARTS))
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.worker:
+        options.policy = options.policy[0]
         print("RESULT " + json.dumps(WORKERS[options.worker](options)))
         return
-    if not options.model.exists():
+    asked = jobs(options.parts.split(","), options.policy)
+    if not options.model.exists() and any(part != "tokens" for _, part in asked):
         making = [sys.executable, "-m", "refengine", "synth", str(options.model), "--shape", options.shape]
         subprocess.run([*making, "--uniform", "--context", "8192"], check=True, capture_output=True)
     found: dict[str, Any] = {}
-    for part in options.parts.split(","):
-        given = [
-            "--worker",
-            part,
-            "--model",
-            options.model,
-            "--policy",
-            options.policy,
-            "--shape",
-            options.shape,
-        ]
+    for policy, part in asked:
+        given = ["--worker", part, "--model", options.model, "--shape", options.shape]
+        given += ["--policy", policy] if policy else []
         started = perf_counter()
         run = subprocess.run(
             [sys.executable, __file__, *map(str, given)], capture_output=True, text=True, check=False
         )
         lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        found[part] = json.loads(lines[-1][7:]) if lines else {"failed": run.stderr[-1500:]}
-        print(part, json.dumps(found[part], indent=1), f"({perf_counter() - started:.0f} s)", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        result = json.loads(lines[-1][7:]) if lines else {"failed": run.stderr[-1500:]}
+        (found.setdefault(policy, {}) if policy else found)[part] = result
+        seconds = perf_counter() - started
+        print(policy or "", part, json.dumps(result, indent=1), f"({seconds:.0f} s)", flush=True)
+        if options.json:  # after every part: a run takes long
+            options.json.write_text(json.dumps(found, indent=1))
+
+
+def jobs(parts: list[str], policies: list[str]) -> list[tuple[str | None, str]]:
+    """What is run, in order: parts under every policy, and last the peer, which has none."""
+    ours = [(policy, part) for policy in policies for part in parts if part != "transformers"]
+    return [*ours, *((None, part) for part in parts if part == "transformers")]
 
 
 class Measured:
@@ -83,16 +100,21 @@ class Measured:
         self.load_seconds = perf_counter() - started
         self.vocabulary = model.spec.vocabulary_size
         self.device_seconds: list[float] = []
-        run = self.engine._executable.run
-
-        def timed(batch: Any) -> Any:
-            began = perf_counter()
-            logits = run(batch)
-            self.device_seconds.append(perf_counter() - began)
-            return logits
-
-        self.engine._executable.run = timed  # type: ignore[method-assign]
+        for name in ("run", "run_candidates"):
+            if hasattr(self.engine._executable, name):
+                self._time(name)
         self.before = before
+
+    def _time(self, name: str) -> None:
+        compute = getattr(self.engine._executable, name)
+
+        def timed(*given: Any) -> Any:
+            began = perf_counter()
+            result = compute(*given)
+            self.device_seconds.append(perf_counter() - began)
+            return result
+
+        setattr(self.engine._executable, name, timed)
 
     def submit(self, prompt: int, generated: int, seed: int = 0) -> int:
         from refengine import Request
@@ -173,19 +195,65 @@ def batch(options: argparse.Namespace) -> dict[str, Any]:
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """What the driver has given out behind 2,048 and 8,192 tokens, before the request ends."""
     found: dict[str, Any] = {}
-    for tokens in (2048, 8192):
-        measured = Measured(options, kv_tokens=tokens)
-        measured.submit(tokens - 8, 8)
-        generated = 0
-        while generated < 7:
-            generated += len(measured.engine.step())
-        counted = measured.engine.backend.memory()
-        found[str(tokens)] = {
-            "held_MB": measured.held / 1e6,
-            "context_MB": measured.context / 1e6,
-            "counted_MB": counted.total / 1e6,
-        }
-        del measured
+    for kv_dtype in KV_DTYPES:
+        found[kv_dtype] = {}
+        for tokens in MARKS:
+            measured = Measured(options, kv_tokens=tokens, kv_dtype=kv_dtype)
+            measured.submit(tokens - 8, 8)
+            generated = 0
+            while generated < 7:
+                generated += len(measured.engine.step())
+            counted = measured.engine.backend.memory()
+            found[kv_dtype][str(tokens)] = {
+                "held_MB": measured.held / 1e6,
+                "context_MB": measured.context / 1e6,
+                "counted_MB": counted.total / 1e6,
+            }
+            del measured
+    return found
+
+
+def tokens(options: argparse.Namespace) -> dict[str, Any]:
+    """Greedy tokens of real models beside the golden engine's: how many are the same, from the first on."""
+    return {model: same_tokens(model, "cupy", options.policy) for model in GOLDEN_MODELS}
+
+
+def same_tokens(model: str, backend: str, policy: str) -> dict[str, Any]:
+    """Of every prompt the tokens that a backend continues it with as the golden engine does.
+
+    Args:
+        model: a name or a path.
+        backend: computes under ``policy``; the golden one under float32.
+    """
+    import refengine
+    from refengine import EngineConfig
+
+    prompts, continued = [], []
+    for name, under in (("numpy", "float32"), (backend, policy)):
+        llm = refengine.load(model, backend=name, config=EngineConfig(policy=under, kv_tokens=1024))
+        prompts = [llm.tokenizer.encode(text) for text in GOLDEN_PROMPTS]
+        continued.append([greedy(llm.engine, prompt, GOLDEN_TOKENS) for prompt in prompts])
+        del llm
+    same = [common_beginning(ours, golden) for golden, ours in zip(*continued, strict=True)]
+    return {
+        "same": same,
+        "of": [len(golden) for golden in continued[0]],
+        "golden": continued[0],
+        "found": continued[1],
+    }
+
+
+def greedy(engine: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation: ``count`` tokens, or fewer where the model ends it."""
+    from refengine import Request
+
+    engine.submit(Request(tuple(prompt), max_tokens=count))
+    found = []
+    while engine.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            found += [output.sampled.token] if output.sampled else []
     return found
 
 
@@ -205,7 +273,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def transformers(options: argparse.Namespace) -> dict[str, Any]:
-    """The peer: the same shape in float16, scaled dot product attention."""
+    """The peer: the same shape in float16, scaled dot product attention; memory by the driver, too."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -214,6 +282,9 @@ def transformers(options: argparse.Namespace) -> dict[str, Any]:
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=8448,
     )  # fmt: skip
     torch.set_default_dtype(torch.float16)
+    before = memory_in_use()
+    torch.zeros(1, device="cuda")  # starts it
+    context = memory_in_use() - before
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
     ids = torch.randint(3, 32000, (1, 2048), device="cuda")
@@ -235,9 +306,28 @@ def transformers(options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
             times.append(perf_counter() - began)
         found["decode_tok_s_at_2048"] = 1 / statistics.median(times[8:])
-        found["allocated_MB_at_2048"] = torch.cuda.max_memory_allocated() / 1e6
-        found["reserved_MB_at_2048"] = torch.cuda.max_memory_reserved() / 1e6
+        found["context_MB"] = context / 1e6
+        found["2048"] = taken(torch, before + context)
+        del out, cache
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        cache, ids = None, torch.randint(3, 32000, (1, MARKS[1]), device="cuda")
+        for start in range(0, MARKS[1], MARKS[0]):  # as many at once as refengine takes in a step
+            some = ids[:, start : start + MARKS[0]]
+            out = model(some, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+        found["8192"] = taken(torch, before + context)
     return found
+
+
+def taken(torch: Any, before: int) -> dict[str, float]:
+    """What PyTorch has allocated and reserved at most, and what the driver has given to it by now."""
+    torch.cuda.synchronize()
+    return {
+        "held_MB": (memory_in_use() - before) / 1e6,
+        "allocated_MB": torch.cuda.max_memory_allocated() / 1e6,
+        "reserved_MB": torch.cuda.max_memory_reserved() / 1e6,
+    }
 
 
 WORKERS = {
@@ -246,6 +336,7 @@ WORKERS = {
     "batch": batch,
     "memory": memory,
     "profile": profile,
+    "tokens": tokens,
     "transformers": transformers,
 }
 

@@ -3,6 +3,7 @@
     python benchmarks/peers.py [--files NAME …] [--engines NAME …] [--repeat N] [--threads N]
                                [--backend NAME] [--policy NAME …] [--json FILE] [--png FILE] [--quick]
                                [--llama-python PYTHON] [--transformers-python PYTHON]
+    python benchmarks/peers.py --device gpu [--files NAME …] …
     python benchmarks/peers.py --read FILE --png FILE
 
 In every round each engine gets a process of its own, so that memory is its own and where pages come to lie
@@ -26,6 +27,22 @@ are float16 (Transformers: float32), steps have 512 tokens at most. llama.cpp ru
 without, and the better of the two counts, in each row by itself. The share of Transformers counts the bytes
 of the file too, though it reads the decoded weights.
 
+On a GPU (``--device gpu``) the engines are refengine with its backend cupy, Transformers in float16 on CUDA,
+and llama.cpp with all layers on the GPU; one whose build has no GPU is left out, and why is told. Steps have
+2,048 tokens at most. Measured are, beside the above:
+
+prefill of 2,048   in one step
+decode at 7,936    64 steps after 7,936 tokens
+64 at once         as 8 at once
+device memory      the most that NVIDIA's driver has given to the process while it computes a prompt and four
+                   steps, after the timed rows up to that context. What was given before the file was opened,
+                   which is the context, is stated apart (llama.cpp has none by then: it starts the GPU with
+                   the file). All processes stay on the GPU, and work one at a time: what changes while one
+                   works is its own. llama.cpp takes memory for all positions at once
+
+There is no share of the bandwidth: nothing here measures a GPU's. Ratios are to llama.cpp where it takes
+part, else to Transformers.
+
 Before the first round every engine starts once, computes the logits of English text and continues it
 greedily; how far they agree is in the table, so that nobody is compared with an engine that computes
 something else. The reference is Transformers where it takes part, else llama.cpp.
@@ -47,8 +64,9 @@ from pathlib import Path
 from peers_bandwidth import Bandwidth
 from peers_chart import draw
 from peers_comparison import MEASURED, Comparison
-from peers_figures import QUICK, Results, Sizes
-from peers_files import DEFAULTS, subject
+from peers_engines.device_memory import Nvml
+from peers_figures import GPU, GPU_QUICK, QUICK, Results, Sizes
+from peers_files import DEFAULTS, GPU_DEFAULTS, subject
 from peers_processes import Contestant
 from peers_table import report
 
@@ -66,11 +84,12 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Results:
     """Compare on every file; what cannot take part is told, and the others go on."""
-    results = Results(QUICK if options.quick else Sizes(), options.threads, machine())
+    results = Results(sizes(options), options.threads, machine(options.device))
     contestants = list(chosen(options))
     results.engines = {contestant.name: contestant.engine for contestant in contestants}
-    bandwidth = Bandwidth(options.threads)
-    results.machine["read bandwidth"] = f"the best of {', '.join(bandwidth.kernels)}"
+    bandwidth = Bandwidth(options.threads) if options.device == "cpu" else None
+    if bandwidth is not None:
+        results.machine["read bandwidth"] = f"the best of {', '.join(bandwidth.kernels)}"
     try:
         for name in options.files:
             try:
@@ -78,7 +97,9 @@ def measure(options: argparse.Namespace) -> Results:
             except (RefengineError, ImportError) as error:
                 print(f"{name} is left out: {error}", flush=True)
                 continue
-            comparison = Comparison(found, contestants, bandwidth, results, tuple(options.figures))
+            comparison = Comparison(
+                found, contestants, bandwidth, results, tuple(options.figures), options.device
+            )
             for turn in range(options.repeat):
                 comparison.run(turn, options.repeat)
                 if options.json:  # after every round: a run takes long
@@ -93,7 +114,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = arguments.add_argument
-    add("--files", nargs="+", default=DEFAULTS, metavar="NAME", help=f"of {', '.join(DEFAULTS)}; or paths")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="what all engines compute on")
+    known = ", ".join((*DEFAULTS, *GPU_DEFAULTS))
+    add("--files", nargs="+", metavar="NAME", help=f"of {known}; or paths")
     add("--engines", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS), metavar="NAME")
     add(
         "--figures",
@@ -107,12 +130,11 @@ def parse() -> argparse.Namespace:
     add(
         "--transformers-repeat",
         type=int,
-        default=2,
         metavar="N",
-        help="rounds with Transformers, which is slow",
+        help="rounds with Transformers: 2 on a CPU, where it is slow",
     )
     add("--threads", type=int, default=cores(), metavar="N", help="of every engine; one per core")
-    add("--backend", default="numba", help="of refengine")
+    add("--backend", help="of refengine: numba, on a GPU cupy")
     add("--policy", nargs="+", default=["mixed8"], help="of refengine; several are compared too")
     add("--refengine-python", default=sys.executable, metavar="PYTHON")
     add("--llama-python", default=sys.executable, metavar="PYTHON", help="that has llama_cpp")
@@ -132,7 +154,24 @@ def parse() -> argparse.Namespace:
         help="measure nothing: tables and chart of an earlier --json FILE",
     )
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    return arguments.parse_args()
+    return settled(arguments.parse_args())
+
+
+def settled(options: argparse.Namespace) -> argparse.Namespace:
+    """What is not given follows from the device."""
+    gpu = options.device == "gpu"
+    options.files = options.files or (GPU_DEFAULTS if gpu else DEFAULTS)
+    options.backend = options.backend or ("cupy" if gpu else "numba")
+    if options.transformers_repeat is None and not gpu:
+        options.transformers_repeat = 2
+    return options
+
+
+def sizes(options: argparse.Namespace) -> Sizes:
+    """How much is computed."""
+    if options.device == "gpu":
+        return GPU_QUICK if options.quick else GPU
+    return QUICK if options.quick else Sizes()
 
 
 def cores() -> int:
@@ -140,15 +179,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def machine() -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """What this runs on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
+    found = {
         "machine": f"{names[0] if names else platform.machine()}, {cores()} cores",
         "python": platform.python_version(),
     }
+    if device == "gpu":
+        try:
+            found["GPU"] = Nvml().about()
+        except OSError as error:
+            sys.exit(f"nothing can be measured on a GPU here: {error}")
+    return found
 
 
 def refengine_contestants(options: argparse.Namespace) -> Iterator[Contestant]:

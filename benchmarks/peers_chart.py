@@ -1,4 +1,4 @@
-"""The results as a picture: how many times llama.cpp's, file by file."""
+"""The results as a picture: how many times llama.cpp's (or Transformers', without it), file by file."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peers_figures import Results
-from peers_table import COMPARED, LESS_IS_BETTER, LLAMA, best_of_llama
+from peers_table import BASES, COMPARED, LESS_IS_BETTER, base_of, best_of_base
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS = ("prefill", "decode", "context", "many", "net", "first_token")
+PANELS = (
+    "prefill", "prefill_long", "decode", "context", "far", "many", "crowd",
+    "net", "device_net", "device_net_far", "first_token",
+)  # fmt: skip
 TITLES = {
     "net": "peak RSS, imports taken off",
+    "device_net": "device memory at {context:,}, context taken off",
+    "device_net_far": "device memory at {far_context:,}, context taken off",
+    "crowd": "{crowd} requests at once",
     "first_token": "first token of a process",
     "many": "{requests} requests at once",
 }
-UNITS = {"net": "MB", "first_token": "s"}
+UNITS = {"net": "MB", "device_net": "MB", "device_net_far": "MB", "first_token": "s"}
 """Tokens per second, where none is given."""
 
 COLOURS = {"refengine": ("#1f5fa8", "#7fb2e5", "#b9d4ee"), "transformers": ("#c98a3b",)}
@@ -30,7 +36,7 @@ BAR = 0.36
 def draw(results: Results, path: Path) -> None:
     """Write the chart in the format that the suffix says.
 
-    A panel for each figure, a group of bars for each file; a bar goes from 1, which is llama.cpp, to the
+    A panel for each figure, a group of bars for each file; a bar goes from 1, which is the base, to the
     median of the ratios, with a line from the least to the most. Decoding has a mark where the memory would
     be the limit.
     """
@@ -39,10 +45,12 @@ def draw(results: Results, path: Path) -> None:
     except ImportError as error:
         print(f"no chart: {error}; install refengine[bench]", flush=True)
         return
-    names = [name for name, engine in results.engines.items() if engine != LLAMA]
+    base = base_of(results)
+    present = {name for file in results.files for name in results.contestants(file)}
+    names = [name for name, engine in results.engines.items() if engine != base and name in present]
     panels = [f for f in PANELS if any(_ratios(results, name, f) for name in names)]
     if not panels:
-        print(f"no chart: there is nothing beside {LLAMA}", flush=True)
+        print("no chart: there is nothing to divide by, or nothing beside it", flush=True)
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -57,8 +65,10 @@ def draw(results: Results, path: Path) -> None:
     handles = [_patch(_colour(results, name), name) for name in names]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=11)
     rounds = 1 + max(sample.round for sample in results.samples)
+    several = sum(engine == base for engine in results.engines.values()) > 1
+    settings = " (flash attention on or off, whichever is better)" if several else ""
     figure.supxlabel(
-        f"times {LLAMA} (flash attention on or off, whichever is better), logarithmic. Medians of {rounds} "
+        f"times {BASES[base]}{settings}, logarithmic. Medians of {rounds} "
         f"rounds; lines: least and most. {results.machine.get('machine', '')}, {results.threads} threads.",
         fontsize=9,
         color=FAINT,
@@ -125,8 +135,8 @@ def _limits(axes: Axes, results: Results) -> float:
     """Marks where reading the weights at the measured bandwidth would be all; gives the farthest."""
     farthest = 1.0
     for row, file in enumerate(results.files):
-        llama = best_of_llama(results, file, "decode")
-        share = results.median(file, llama, "share") if llama else None
+        base = best_of_base(results, file, "decode")
+        share = results.median(file, base, "share") if base else None
         if share:
             farthest = max(farthest, 1 / share)
             axes.plot([1 / share] * 2, [row - 0.44, row + 0.44], color=LIMIT, linewidth=1.5, zorder=1)
@@ -158,8 +168,8 @@ def _ticks(axes: Axes) -> None:
 def _ratios(results: Results, name: str, key: str) -> dict[str, Any]:
     found = {}
     for file in results.files:
-        llama = best_of_llama(results, file, key)
-        ratio = results.ratio(file, name, llama, key) if llama else None
+        base = best_of_base(results, file, key)
+        ratio = results.ratio(file, name, base, key) if base else None
         if ratio is not None:
             found[file] = ratio
     return found

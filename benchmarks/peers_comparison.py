@@ -15,10 +15,16 @@ from peers_files import Subject
 from peers_interference import Interference
 from peers_processes import Contestant, EngineFailedError, EngineProcess, rotated
 
-BATCH = 512
-"""Tokens per step at most, in every engine."""
+BATCH = {"cpu": 512, "gpu": 2048}
+"""Tokens per step at most, in every engine, by device."""
 
-MEASURED = ("prefill", "decode", "context", "many")
+MEASURED = ("prefill", "prefill_long", "decode", "context", "far", "many", "crowd")
+
+WATCHED_STEPS = 4
+"""After a prompt, while the driver's memory is looked at."""
+
+SIZES = {"prefill_long": "long_prompt", "far": "far_context", "crowd": "crowd"}
+"""Figures that are measured where a size is not 0."""
 
 
 class Comparison:
@@ -28,7 +34,7 @@ class Comparison:
         subject: the file.
         contestants: who takes part; each has started once when the constructor is done, so that caches are
             warm, and what they compute has been compared.
-        bandwidth: measured in every round.
+        bandwidth: measured in every round; ``None`` where it is not known how.
         results: where samples go.
         figures: which of ``MEASURED``.
     """
@@ -37,20 +43,30 @@ class Comparison:
         self,
         subject: Subject,
         contestants: Sequence[Contestant],
-        bandwidth: Bandwidth,
+        bandwidth: Bandwidth | None,
         results: Results,
         figures: tuple[str, ...] = MEASURED,
+        device: str = "cpu",
     ) -> None:
         sizes = results.sizes
-        self._subject, self._bandwidth, self._results, self._figures = subject, bandwidth, results, figures
+        self._subject, self._bandwidth, self._results = subject, bandwidth, results
+        self._figures = [name for name in figures if name not in SIZES or getattr(sizes, SIZES[name])]
         self._sizes, self._turn, self._asked = sizes, 0, 0
         self._processes: list[EngineProcess] = []
         self._settings = {
             "path": str(subject.path),
             "threads": results.threads,
-            "batch": BATCH,
-            "context": max(sizes.context + sizes.context_steps, sizes.prompt, sizes.short + sizes.steps) + 1,
-            "requests": sizes.requests,
+            "device": device,
+            "batch": BATCH[device],
+            "context": 1
+            + max(
+                sizes.prompt,
+                sizes.long_prompt,
+                sizes.short + sizes.steps,
+                sizes.context + sizes.context_steps,
+                sizes.far_context + sizes.far_steps,
+            ),
+            "requests": max(sizes.requests, sizes.crowd),
             "room": sizes.short + sizes.steps + 1,
             "first": self._prompt(sizes.short),
         }
@@ -66,16 +82,23 @@ class Comparison:
         self._turn = turn
         self._progress(f"round {turn + 1} of {rounds}")
         interference = Interference()
-        self._note(READING, "bandwidth", self._bandwidth.measure() / 1e9)
+        if self._bandwidth is not None:
+            self._note(READING, "bandwidth", self._bandwidth.measure() / 1e9)
         try:
             self._start()
             self._each(self._warm)
-            for figure in self._figures:
-                if figure != "many":
-                    self._repeat(figure)
+            for figure in ("prefill", "prefill_long", "decode", "context"):
+                self._repeat(figure)
+            self._each(lambda process: self._device_memory(process, "device_peak", self._sizes.context))
+            if "far" in self._figures:
+                self._repeat("far")
+                self._each(
+                    lambda process: self._device_memory(process, "device_peak_far", self._sizes.far_context)
+                )
             self._each(lambda process: self._memory(process, "peak"))
+            for figure in ("many", "crowd"):
+                self._repeat(figure)
             if "many" in self._figures:
-                self._repeat("many")
                 self._each(lambda process: self._memory(process, "peak_many"))
         finally:
             for process in self._processes:
@@ -135,6 +158,8 @@ class Comparison:
             self._processes.append(process)
             self._note(contestant.name, "first_token", process.first_token_s)
             self._note(contestant.name, "imports", process.baseline)
+            if process.device_baseline is not None:
+                self._note(contestant.name, "device_imports", process.device_baseline)
 
     def _each(self, action: Callable[[EngineProcess], None]) -> None:
         """Ask everyone in turn; another one begins each time."""
@@ -147,38 +172,52 @@ class Comparison:
                 self._leave_out(process.contestant, error)
 
     def _repeat(self, figure: str) -> None:
-        measure = {
-            "prefill": self._prefill,
-            "decode": self._decode,
-            "context": self._decode_at_context,
-            "many": self._decode_many,
+        if figure not in self._figures:
+            return
+        sizes = self._sizes
+        measure: Callable[[EngineProcess], None] = {
+            "prefill": lambda process: self._prefill(process, figure, sizes.prompt),
+            "prefill_long": lambda process: self._prefill(process, figure, sizes.long_prompt),
+            "decode": lambda process: self._decode(process, figure, sizes.short, sizes.steps),
+            "context": lambda process: self._decode(process, figure, sizes.context, sizes.context_steps),
+            "far": lambda process: self._decode(process, figure, sizes.far_context, sizes.far_steps),
+            "many": lambda process: self._decode_many(process, figure, sizes.requests),
+            "crowd": lambda process: self._decode_many(process, figure, sizes.crowd),
         }[figure]
-        for _ in range(1 if figure == "context" else self._sizes.times):
+        if figure in ("far", "crowd"):  # shapes that nothing before has warmed
+            context, requests = (sizes.far_context, 1) if figure == "far" else (sizes.short, sizes.crowd)
+            prompts = [self._prompt(context, first=number) for number in range(requests)]
+            self._each(lambda process: process.ask("decode", prompts=prompts, steps=WATCHED_STEPS))
+        for _ in range(1 if figure in ("context", "far") else sizes.times):
             self._each(measure)
 
     def _warm(self, process: EngineProcess) -> None:
         process.ask("prefill", tokens=self._prompt(self._sizes.prompt))
         process.ask("decode", prompts=[self._prompt(self._sizes.short)], steps=2)
+        if process.device_baseline is not None:
+            process.ask("prefill", tokens=self._prompt(self._sizes.long_prompt or self._sizes.prompt))
+            process.ask("decode", prompts=[self._prompt(self._sizes.context)], steps=WATCHED_STEPS)
 
-    def _prefill(self, process: EngineProcess) -> None:
-        seconds = process.ask("prefill", tokens=self._prompt(self._sizes.prompt))
-        self._rate(process, "prefill", self._sizes.prompt, seconds)
+    def _prefill(self, process: EngineProcess, figure: str, count: int) -> None:
+        seconds = process.ask("prefill", tokens=self._prompt(count))
+        self._rate(process, figure, count, seconds)
 
-    def _decode(self, process: EngineProcess) -> None:
+    def _decode(self, process: EngineProcess, figure: str, context: int, steps: int) -> None:
+        seconds = process.ask("decode", prompts=[self._prompt(context)], steps=steps)
+        self._rate(process, figure, steps, seconds)
+
+    def _decode_many(self, process: EngineProcess, figure: str, requests: int) -> None:
         steps = self._sizes.steps
-        seconds = process.ask("decode", prompts=[self._prompt(self._sizes.short)], steps=steps)
-        self._rate(process, "decode", steps, seconds)
-
-    def _decode_at_context(self, process: EngineProcess) -> None:
-        steps = self._sizes.context_steps
-        seconds = process.ask("decode", prompts=[self._prompt(self._sizes.context)], steps=steps)
-        self._rate(process, "context", steps, seconds)
-
-    def _decode_many(self, process: EngineProcess) -> None:
-        steps, requests = self._sizes.steps, self._sizes.requests
         prompts = [self._prompt(self._sizes.short, first=number) for number in range(requests)]
         seconds = process.ask("decode", prompts=prompts, steps=steps)
-        self._rate(process, "many", steps * requests, seconds)
+        self._rate(process, figure, steps * requests, seconds)
+
+    def _device_memory(self, process: EngineProcess, figure: str, context: int) -> None:
+        """The most that a request takes, once more and untimed: prompt and a few steps."""
+        if process.device_baseline is None:
+            return
+        asked = {"what": "decode", "prompts": [self._prompt(context)], "steps": WATCHED_STEPS}
+        self._note(process.contestant.name, figure, process.ask("device_peak", asked=asked))
 
     def _memory(self, process: EngineProcess, figure: str) -> None:
         held = process.ask("memory")

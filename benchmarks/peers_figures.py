@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,18 @@ READING = "reading memory"
 
 OTHERS = "everything else"
 """The contestant of the figure ``busy``: the share of the cores' time in a round that others took."""
+
+NET = MappingProxyType(
+    {
+        "net": ("peak", "imports"),
+        "device_net": ("device_peak", "device_imports"),
+        "device_net_far": ("device_peak_far", "device_imports"),
+    }
+)
+"""Memory without what was there before the file was opened: what is taken from what."""
+
+GAINS = MappingProxyType({"gain": "many", "crowd_gain": "crowd"})
+"""Several requests beside one: by the figure of the several."""
 
 QUIET = 0.05
 """Up to this share a machine is quiet. On a busy one, engines whose threads spin until all have come (OpenMP
@@ -31,6 +44,9 @@ class Sizes:
         steps: decode steps after it.
         context: tokens of the prompt before decoding at a long context, and ``context_steps`` after it.
         requests: at once.
+        long_prompt: tokens of another prefill; here and below 0 for none.
+        far_context: tokens before decoding at a context that is longer still, and ``far_steps`` after it.
+        crowd: many more requests at once.
         times: samples of prefill, decode and requests at once in every round.
         checked: prompt tokens whose logits are compared, and ``continued`` tokens of the continuation.
     """
@@ -44,10 +60,19 @@ class Sizes:
     times: int = 2
     checked: int = 64
     continued: int = 16
+    long_prompt: int = 0
+    far_context: int = 0
+    far_steps: int = 0
+    crowd: int = 0
 
 
 QUICK = Sizes(prompt=64, short=8, steps=4, context=128, context_steps=4, times=1, checked=16, continued=8)
 """To see that everything runs; its figures mean nothing."""
+
+GPU = replace(Sizes(), context_steps=64, long_prompt=2048, far_context=7936, far_steps=64, crowd=64)
+"""What a GPU is asked beside what a CPU is."""
+
+GPU_QUICK = replace(QUICK, long_prompt=128, far_context=256, far_steps=4, crowd=16)
 
 
 @dataclass(frozen=True)
@@ -144,13 +169,12 @@ class Results:
             read = self.by_round(file, READING, "bandwidth")
             nbytes = self.step_bytes[file][figure == "context_share"]
             return {r: rate * nbytes / 1e9 / read[r] for r, rate in rates.items() if r in read}
-        if figure == "net":
-            before = self.by_round(file, contestant, "imports")
-            peaks = self.by_round(file, contestant, "peak")
+        if figure in NET:
+            peaks, before = (self.by_round(file, contestant, name) for name in NET[figure])
             return {r: peak - before[r] for r, peak in peaks.items() if r in before}
-        if figure == "gain":
+        if figure in GAINS:
             one = self.by_round(file, contestant, "decode")
-            many = self.by_round(file, contestant, "many")
+            many = self.by_round(file, contestant, GAINS[figure])
             return {r: rate / one[r] for r, rate in many.items() if r in one}
         rounds: dict[int, list[float]] = {}
         for sample in self.samples:

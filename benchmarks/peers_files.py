@@ -92,11 +92,11 @@ def _requantized(source: str, encoding: str, path: Path) -> None:
     requantize(loader.open(source), path, encoding)
 
 
-def _synthetic(shape_name: str, encoding: str, path: Path) -> None:
+def _synthetic(shape_name: str, encoding: str, path: Path, context: int | None = None) -> None:
     from refengine.loader.gguf_writer import write_gguf
     from refengine.synth import shape, synthesize
 
-    checkpoint = synthesize(shape(shape_name), encoding, uniform=True)
+    checkpoint = synthesize(shape(shape_name).resized(context_length=context), encoding, uniform=True)
     write_gguf(path, checkpoint.metadata, checkpoint.tensors)
 
 
@@ -106,8 +106,12 @@ MADE: Mapping[str, Callable[[Path], None]] = MappingProxyType(
         "smollm2-q8_0": partial(_requantized, "smollm2", "q8_0"),
         "llama-1b-q4_0": partial(_synthetic, "llama-1b", "q4_0"),
         "llama-1b-q4_k": partial(_synthetic, "llama-1b", "q4_k"),
+        "llama-2-7b-q4_0": partial(_synthetic, "llama-2-7b", "q4_0", context=8192),
     }
 )
 """What makes each file that is nowhere to be had; in synthetic ones all matrices have the encoding."""
 
-DEFAULTS = ("smollm2", "gemma3-270m", *MADE)
+GPU_DEFAULTS = ("llama-2-7b-q4_0",)
+
+DEFAULTS = ("smollm2", "gemma3-270m", *(name for name in MADE if name not in GPU_DEFAULTS))
+"""On a CPU, where a model of 7 billion parameters takes long."""

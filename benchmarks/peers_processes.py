@@ -64,6 +64,7 @@ class EngineProcess:
             opening the file, a short prompt.
         about: version and settings, in its own words.
         baseline: resident bytes / 10^6 after the imports, before the file was opened.
+        device_baseline: likewise of the device's memory; ``None`` on a CPU.
 
     Raises:
         EngineFailedError: it could not be started.
@@ -100,6 +101,7 @@ class EngineProcess:
         self.first_token_s = time.perf_counter() - begin
         self.about: str = hello["about"]
         self.baseline: float = hello["baseline"]
+        self.device_baseline: float | None = hello.get("device_baseline")
 
     def ask(self, what: str, **question: Any) -> Any:
         """A measurement; see ``peers_engines/serving.py``.

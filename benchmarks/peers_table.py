@@ -9,14 +9,26 @@ from peers_figures import OTHERS, QUIET, READING, Ratio, Results
 
 LLAMA = "llama.cpp"
 
+BASES = {LLAMA: LLAMA, "transformers": "Transformers"}
+"""Whom the others are divided by, and how tables call it: the first of these that took part."""
+
 LABELS = {
     "prefill": "prefill of {prompt} tokens, tok/s",
+    "prefill_long": "prefill of {long_prompt:,} tokens, tok/s",
     "decode": "decode of {steps} tokens, tok/s",
     "share": "· share of the read bandwidth",
     "context": "decode at {context:,} tokens, tok/s",
     "context_share": "· share of the read bandwidth",
+    "far": "decode at {far_context:,} tokens, tok/s",
     "many": "{requests} requests at once, tok/s",
     "gain": "· times one request's",
+    "crowd": "{crowd} requests at once, tok/s",
+    "crowd_gain": "· times one request's",
+    "device_peak": "peak device memory at {context:,} tokens, MB",
+    "device_imports": "· of it there before the file is opened",
+    "device_net": "· the rest",
+    "device_peak_far": "peak device memory at {far_context:,} tokens, MB",
+    "device_net_far": "· less what was there before",
     "peak": "peak RSS, one request, MB",
     "imports": "· of it there after the imports",
     "net": "· the rest",
@@ -25,30 +37,57 @@ LABELS = {
 }
 """Rows of the table of a file."""
 
-LESS_IS_BETTER = ("peak", "imports", "net", "peak_many", "first_token")
+LESS_IS_BETTER = (
+    "peak", "imports", "net", "peak_many", "first_token",
+    "device_peak", "device_imports", "device_net", "device_peak_far", "device_net_far",
+)  # fmt: skip
 
 SHARES = ("share", "context_share")
 
 COMPARED = {
     "prefill": "prefill",
+    "prefill_long": "prefill of {long_prompt:,}",
     "decode": "decode",
     "context": "decode at {context:,}",
+    "far": "decode at {far_context:,}",
     "many": "{requests} at once",
+    "crowd": "{crowd} at once",
+    "device_net": "device memory at {context:,}",
+    "device_net_far": "device memory at {far_context:,}",
     "peak": "peak RSS",
     "net": "· less imports",
     "first_token": "first token",
 }
 """Columns of the table of ratios."""
 
+OF_GPUS = ("prefill_long", "far", "crowd", "device_net", "device_net_far")
+"""Of them, those that are there only where they were measured."""
 
-BASIS = {"share": "decode", "context_share": "context", "gain": "many", "imports": "peak", "net": "peak"}
-"""Where llama.cpp's better setting in one figure is that in another."""
+
+BASIS = {
+    "share": "decode", "context_share": "context", "gain": "many", "crowd_gain": "crowd",
+    "imports": "peak", "net": "peak",
+    "device_imports": "device_peak", "device_net": "device_peak", "device_net_far": "device_peak_far",
+}  # fmt: skip
+"""Where the better setting in one figure is that in another."""
 
 
-def best_of_llama(results: Results, file: str, figure: str) -> str | None:
-    """llama.cpp with flash attention or without, whichever has the better median in this figure."""
+def base_of(results: Results) -> str:
+    """The engine that the others are divided by; empty where none of ``BASES`` took part."""
+    took_part = {results.engines[name] for file in results.files for name in results.contestants(file)}
+    return next((engine for engine in BASES if engine in took_part), "")
+
+
+def best_of_base(results: Results, file: str, figure: str) -> str | None:
+    """That engine; llama.cpp with flash attention or without, whichever has the better median in it."""
     basis = BASIS.get(figure, figure)
-    return results.best(file, LLAMA, basis, less=basis in LESS_IS_BETTER)
+    return results.best(file, base_of(results), basis, less=basis in LESS_IS_BETTER)
+
+
+def compared(results: Results) -> list[str]:
+    """Columns of the table of ratios."""
+    measured = {sample.figure for sample in results.samples}
+    return [name for name in COMPARED if name not in OF_GPUS or BASIS.get(name, name) in measured]
 
 
 def report(results: Results) -> str:
@@ -56,7 +95,8 @@ def report(results: Results) -> str:
     parts = [*heading(results)]
     for file in results.files:
         parts += ["", *file_table(results, file)]
-    for ours in (name for name, engine in results.engines.items() if engine != LLAMA):
+    base = base_of(results)
+    for ours in (name for name, engine in results.engines.items() if engine != base):
         parts += ["", *ratio_table(results, ours)]
     return "\n".join(parts)
 
@@ -79,26 +119,30 @@ def heading(results: Results) -> Iterator[str]:
 
 def file_table(results: Results, file: str) -> Iterator[str]:
     """Medians of every engine; llama.cpp with or without flash attention, whichever is better in a row."""
-    others = [name for name in results.contestants(file) if results.engines[name] != LLAMA]
-    llama = any(results.engines[name] == LLAMA for name in results.contestants(file))
-    names = [*others, LLAMA] if llama else others
-    ratios = [f"{name} ÷ {LLAMA}" for name in others] if llama else []
+    base = base_of(results)
+    others = [name for name in results.contestants(file) if results.engines[name] != base]
+    divided = any(results.engines[name] == base for name in results.contestants(file))
+    shown = BASES.get(base, "")
+    names = [*others, shown] if divided else others
+    ratios = [f"{name} ÷ {shown}" for name in others] if divided else []
     read = results.median(file, READING, "bandwidth")
-    yield f"{file}: {results.file_bytes[file] / 1e6:,.1f} MB, of which a token reads " + (
-        f"{results.step_bytes[file][0] / 1e6:,.1f}; memory is read at {read or 0:.1f} GB/s"
+    yield (
+        f"{file}: {results.file_bytes[file] / 1e6:,.1f} MB, of which a token reads "
+        f"{results.step_bytes[file][0] / 1e6:,.1f}"
+        + ("" if read is None else f"; memory is read at {read:.1f} GB/s")
     )
     yield ""
     yield from _head(["", *names, *ratios])
     for figure, label in LABELS.items():
         chosen = {name: name for name in others}
-        best = best_of_llama(results, file, figure)
+        best = best_of_base(results, file, figure)
         if best is not None:
-            chosen[LLAMA] = best
+            chosen[shown] = best
         cells = [_cell(figure, results.median(file, chosen.get(name, name), figure)) for name in names]
         cells += [
             _ratio(results.ratio(file, name, best, figure) if best and figure in COMPARED else None)
             for name in others
-            if llama
+            if divided
         ]
         if any(cells):
             yield _row([label.format(**vars(results.sizes)), *cells])
@@ -131,7 +175,7 @@ def _flash_attention(results: Results, file: str) -> Iterator[str]:
         return
     rows: dict[str, list[str]] = {}
     for figure in ("prefill", "decode", "context", "many", "peak", "first_token"):
-        best = best_of_llama(results, file, figure)
+        best = best_of_base(results, file, figure)
         if best is not None:
             rows.setdefault(best, []).append(COMPARED[figure].format(**vars(results.sizes)))
     yield ""
@@ -139,12 +183,12 @@ def _flash_attention(results: Results, file: str) -> Iterator[str]:
 
 
 def ratio_table(results: Results, ours: str) -> Iterator[str]:
-    """One contestant ÷ llama.cpp, a row for each file."""
-    rows = []
+    """One contestant ÷ llama.cpp, or what else the others are divided by; a row for each file."""
+    rows, columns = [], compared(results)
     for file in results.files:
         ratios = []
-        for figure in COMPARED:
-            best = best_of_llama(results, file, figure)
+        for figure in columns:
+            best = best_of_base(results, file, figure)
             ratios.append(results.ratio(file, ours, best, figure) if best else None)
         if any(ratios):
             share = results.median(file, ours, "share")
@@ -152,8 +196,8 @@ def ratio_table(results: Results, ours: str) -> Iterator[str]:
                 _row([file, *(f"{r.median:.2f}" if r else "" for r in ratios), _cell("share", share)])
             )
     if rows:
-        labels = [label.format(**vars(results.sizes)) for label in COMPARED.values()]
-        yield from _head([f"{ours} ÷ {LLAMA}", *labels, "share of bandwidth, decode"])
+        labels = [COMPARED[figure].format(**vars(results.sizes)) for figure in columns]
+        yield from _head([f"{ours} ÷ {BASES[base_of(results)]}", *labels, "share of bandwidth, decode"])
         yield from rows
 
 
@@ -171,7 +215,7 @@ def _cell(figure: str, value: float | None) -> str:
         return ""
     if figure in SHARES:
         return f"{value:.0%}"
-    if figure in ("gain", "first_token"):
+    if figure in ("gain", "crowd_gain", "first_token"):
         return f"{value:.2f}"
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 

@@ -19,6 +19,9 @@ from serving import PeerEngine, Settings, serve
 PADDING = 256
 """Of the positions of a sequence: llama.cpp rounds up to it."""
 
+EVERY_LAYER = 10_000
+"""More layers than a model has: all of them go to the GPU, and the output with them."""
+
 
 class LlamaCpp:
     """A model, and a context that is made anew where another number of sequences is asked for.
@@ -36,9 +39,9 @@ class LlamaCpp:
         self._silent = library.llama_log_callback(lambda *_: None)  # kept: it is called from C
         library.llama_log_set(self._silent, None)
         library.llama_backend_init()
-        self._model = library.llama_model_load_from_file(
-            settings["path"].encode(), library.llama_model_default_params()
-        )
+        params = library.llama_model_default_params()
+        params.n_gpu_layers = EVERY_LAYER if settings["device"] == "gpu" else 0
+        self._model = library.llama_model_load_from_file(settings["path"].encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {settings['path']}")
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
@@ -131,6 +134,8 @@ class LlamaCpp:
 def imports(settings: Settings) -> Callable[[], PeerEngine]:
     import llama_cpp
 
+    if settings["device"] == "gpu" and not llama_cpp.llama_supports_gpu_offload():
+        raise RuntimeError("this llama-cpp-python was built without a GPU: install a build with CUDA")
     return lambda: LlamaCpp(llama_cpp, settings)
 
 

@@ -11,15 +11,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from device_memory import DeviceMemory, Nvml
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 Settings = dict[str, Any]
 """``path`` of the file; ``threads``; ``batch``, tokens per step at most; ``context``, positions of a request
 alone; ``requests`` at once, and ``room``, positions of each of these; ``first``, the prompt of the first
-token; and what one engine alone needs."""
+token; ``device``, ``cpu`` or ``gpu``; and what one engine alone needs."""
 
 
 class PeerEngine(Protocol):
@@ -53,37 +56,60 @@ def serve(imports: Callable[[Settings], Callable[[], PeerEngine]]) -> None:
 
     Args:
         imports: imports all that the engine is made of, and gives what opens the file. What the process
-            holds between the two is its baseline.
+            holds between the two is its baseline; on a GPU, which the import starts, the context among it.
     """
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes to the standard error
     os.dup2(2, 1)
     settings: Settings = json.loads(sys.argv[1])
-    opened = imports(settings)
-    before = memory()["VmRSS"]
-    engine = opened()
-    engine.greedy(settings["first"], 1)
+    device = DeviceMemory(Nvml()) if settings["device"] == "gpu" else None
+    during = _unwatched if device is None else device.during
+    opened = during(lambda: imports(settings))
+    before, context = memory()["VmRSS"], None if device is None else device.held
+
+    def begin() -> PeerEngine:
+        engine = opened()
+        engine.greedy(settings["first"], 1)
+        return engine
+
+    engine = during(begin)
 
     def tell(answer: object) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    tell({"about": engine.about, "baseline": before})
+    tell({"about": engine.about, "baseline": before, "device_baseline": context})
     for line in sys.stdin:
         question = json.loads(line)
-        what = question.pop("what")
-        if what == "memory":
-            tell(memory())
-        elif what == "prefill":
-            tell([engine.prefill(**question)])
-        elif what == "decode":
-            tell(engine.decode(**question))
-        elif what == "greedy":
-            tell(engine.greedy(**question))
-        elif what == "logits":
-            file = question.pop("file")
-            np.save(file, engine.logits(**question))
-            tell(file)
+        if question["what"] == "device_peak" and device is not None:
+            asked = question["asked"]
+            tell(device.peak_during(lambda asked=asked: answer(engine, asked)))
         else:
-            raise ValueError(f"{what!r} is no question")
+            tell(during(lambda question=question: answer(engine, question)))
+
+
+def answer(engine: PeerEngine, question: dict[str, Any]) -> object:
+    """What an engine says to a question.
+
+    Raises:
+        ValueError: it is none.
+    """
+    given = {name: value for name, value in question.items() if name not in ("what", "file")}
+    match question["what"]:
+        case "memory":
+            return memory()
+        case "prefill":
+            return [engine.prefill(**given)]
+        case "decode":
+            return engine.decode(**given)
+        case "greedy":
+            return engine.greedy(**given)
+        case "logits":
+            np.save(question["file"], engine.logits(**given))
+            return question["file"]
+    raise ValueError(f"{question['what']!r} is no question")
+
+
+def _unwatched(action: Callable[[], T]) -> T:
+    return action()
 
 
 def memory() -> dict[str, float]:
