@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 from peers_bandwidth import Bandwidth
 from peers_chart import draw
+from peers_comparison import Comparison
+from peers_engines.device_memory import INTERVAL, DeviceMemory, Nvml
 from peers_figures import (
+    GPU_QUICK,
     OTHERS,
     QUICK,
     READING,
@@ -24,8 +30,8 @@ from peers_figures import (
 )
 from peers_files import Subject, kv_layers, weight_bytes
 from peers_interference import Interference
-from peers_processes import Contestant, EngineFailedError, EngineProcess, rotated
-from peers_table import best_of_llama, file_table, ratio_table, report
+from peers_processes import ENGINES, Contestant, EngineFailedError, EngineProcess, rotated
+from peers_table import base_of, best_of_base, file_table, ratio_table, report
 
 from refengine import loader
 from refengine.loader.gguf_writer import write_gguf
@@ -95,10 +101,10 @@ class TestResults:
             prefill={FLASH: [[10.0]], PLAIN: [[12.0]]},
             peak={FLASH: [[200.0]], PLAIN: [[190.0]]},
         )
-        assert best_of_llama(found, "f", "decode") == best_of_llama(found, "f", "share") == FLASH
-        assert best_of_llama(found, "f", "prefill") == best_of_llama(found, "f", "peak") == PLAIN
-        assert best_of_llama(found, "f", "net") == PLAIN
-        assert best_of_llama(found, "f", "many") is None
+        assert best_of_base(found, "f", "decode") == best_of_base(found, "f", "share") == FLASH
+        assert best_of_base(found, "f", "prefill") == best_of_base(found, "f", "peak") == PLAIN
+        assert best_of_base(found, "f", "net") == PLAIN
+        assert best_of_base(found, "f", "many") is None
 
     def test_results_survive_being_written_and_read(self) -> None:
         found = results(decode={OURS: [[10.0]], FLASH: [[5.0]]})
@@ -233,3 +239,162 @@ class TestProcesses:
 
     def test_memory_is_read_at_some_speed(self) -> None:
         assert Bandwidth(2, nbytes=2**20).measure(times=1) > 0
+
+
+class Counter:
+    """A driver whose count goes through these numbers."""
+
+    def __init__(self, *counts: float) -> None:
+        self.counts = list(counts)
+
+    def used(self) -> float:
+        return self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
+
+
+class TestDeviceMemory:
+    def test_what_changes_during_an_action_is_ours(self) -> None:
+        """Between two actions others took 50, which does not count."""
+        memory = DeviceMemory(Counter(100, 600, 650, 640))
+        memory.during(lambda: None)
+        memory.during(lambda: None)
+        assert memory.held == 500 - 10
+
+    def test_a_peak_is_seen_though_it_is_gone_afterwards(self) -> None:
+        driver = Counter(100, 500)
+        memory = DeviceMemory(driver)
+        memory.during(lambda: None)
+
+        def act() -> None:
+            driver.counts = [900]
+            time.sleep(20 * INTERVAL)
+            driver.counts = [520]
+
+        assert memory.peak_during(act) == 400 + 900 - 500
+        assert memory.held == 420
+
+    def test_no_driver_is_told(self, monkeypatch) -> None:
+        def missing(name: str) -> None:
+            raise OSError(name)
+
+        monkeypatch.setattr("ctypes.CDLL", missing)
+        with pytest.raises(OSError, match="NVIDIA's driver"):
+            Nvml()
+
+
+STAND_IN = """
+import sys, time
+sys.path.insert(0, {folder!r})
+import device_memory, serving
+import numpy as np
+
+class Driver:
+    count = 0.0
+    def used(self):
+        return Driver.count
+
+device_memory.Nvml = serving.Nvml = Driver
+
+class Engine:
+    about = "a stand-in"
+    def prefill(self, tokens):
+        return len(tokens) / {speed}
+    def decode(self, prompts, steps):
+        Driver.count += len(prompts[0])
+        time.sleep(0.02)
+        Driver.count -= len(prompts[0])
+        return [len(prompts) ** 0.5 / {speed}] * steps
+    def greedy(self, tokens, count):
+        return tokens[:1] * count
+    def logits(self, tokens):
+        return np.eye(len(tokens), 8, dtype=np.float32)
+
+def imports(settings):
+    assert settings["device"] == "gpu" and settings["batch"] == 2048 and settings["requests"] == 16
+    assert settings["context"] > 256
+    {before}
+    Driver.count += 300
+    def opened():
+        Driver.count += {weights}
+        return Engine()
+    return opened
+
+serving.serve(imports)
+"""
+"""Source of an engine whose GPU is made up: it holds 300 after its imports, and a byte for each token."""
+
+
+class TestGpu:
+    @pytest.fixture
+    def found(self, tmp_path: Path, monkeypatch) -> Results:
+        """One round of two engines, and of one that has no GPU."""
+        for name, speed, weights, before in (
+            ("fast", 100, 1000, "pass"),
+            ("slow", 50, 4000, "pass"),
+            ("none", 50, 4000, "raise RuntimeError('built without a GPU')"),
+        ):
+            text = STAND_IN.format(folder=str(ENGINES), speed=speed, weights=weights, before=before)
+            (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / "f.gguf").write_bytes(b"x" * 100)
+        monkeypatch.setattr("peers_processes.ENGINES", tmp_path)
+        contestants = [
+            Contestant(OURS, "refengine", sys.executable, "fast.py"),
+            Contestant(FLASH, "llama.cpp", sys.executable, "none.py"),
+            Contestant(OTHER, "transformers", sys.executable, "slow.py"),
+        ]
+        results = Results(GPU_QUICK, 1, {"GPU": "made up"})
+        results.engines = {c.name: c.engine for c in contestants}
+        subject = Subject("f", tmp_path / "f.gguf", 5000, 100, ((8, None),), tuple(range(100)))
+        Comparison(subject, contestants, None, results, device="gpu").run(0, 1)
+        return results
+
+    def test_everything_that_a_gpu_is_asked_is_measured(self, found: Results, tmp_path: Path, capsys) -> None:
+        for name, speed, weights in ((OURS, 100, 1000), (OTHER, 50, 4000)):
+            assert found.median("f", name, "prefill_long") == pytest.approx(speed)
+            assert found.median("f", name, "far") == pytest.approx(speed)
+            assert found.median("f", name, "crowd_gain") == pytest.approx(4)
+            assert found.median("f", name, "device_imports") == 300
+            assert found.median("f", name, "device_net") == weights + 128
+            assert found.median("f", name, "device_net_far") == weights + 256
+        assert found.contestants("f") == [OURS, OTHER]
+        assert found.median("f", OURS, "share") is None
+
+    def test_without_llama_cpp_ratios_are_to_transformers(self, found: Results, tmp_path: Path) -> None:
+        assert base_of(found) == "transformers"
+        (row,) = (line for line in file_table(found, "f") if line.startswith("| decode at 256 tokens"))
+        assert cells(row)[1:] == ["100.0", "50.0", "2.00 (2.00 – 2.00)"]
+        head, _, row = ratio_table(found, OURS)
+        ratios = dict(zip(cells(head), cells(row), strict=True))
+        assert ratios["device memory at 256"] == f"{1256 / 4256:.2f}"
+        assert ratios["16 at once"] == "2.00"
+        pytest.importorskip("matplotlib")
+        draw(found, tmp_path / "chart.png")
+        assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_build_without_a_gpu_is_left_out_with_the_reason(
+        self, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        TestGpu.found.__wrapped__(self, tmp_path, monkeypatch)
+        assert f"{FLASH} is left out: RuntimeError: built without a GPU" in capsys.readouterr().out
+
+    def test_a_llama_cpp_that_cannot_use_gpus_says_so(self, tmp_path: Path, monkeypatch) -> None:
+        (tmp_path / "llama_cpp.py").write_text("def llama_supports_gpu_offload(): return False\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        nobody = Contestant(FLASH, "llama.cpp", sys.executable, "serve_llama.py")
+        script = "import serving, runpy; serving.Nvml = lambda: type('D', (), {'used': lambda self: 0.0})()\n"
+        (tmp_path / "serve_llama.py").write_text(
+            f"import sys; sys.path.insert(0, {str(ENGINES)!r})\n{script}"
+            f"runpy.run_path({str(ENGINES / 'serve_llama.py')!r}, run_name='__main__')\n"
+        )
+        monkeypatch.setattr("peers_processes.ENGINES", tmp_path)
+        with pytest.raises(EngineFailedError, match="built without a GPU: install a build with CUDA"):
+            EngineProcess(nobody, {"threads": 1, "device": "gpu", "first": [1]})
+
+    def test_what_is_not_given_follows_from_the_device(self, monkeypatch) -> None:
+        monkeypatch.setattr("sys.argv", ["peers.py", "--device", "gpu"])
+        options = peers.parse()
+        assert (options.backend, options.transformers_repeat) == ("cupy", None)
+        assert list(options.files) == ["llama-2-7b-q4_0"]
+        monkeypatch.setattr("sys.argv", ["peers.py"])
+        options = peers.parse()
+        assert (options.backend, options.transformers_repeat) == ("numba", 2)
+        assert "llama-2-7b-q4_0" not in options.files
