@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 MOST_CANDIDATES = 128
 """Candidates of a row. Top-k is seldom above 100. So many are 1 KiB, beside the 512 KiB of a row for 131,072
-tokens; of SmolLM2's distributions over ordinary text they hold 98 % at temperature 0.8, and 93 % at 1."""
+tokens; how much of a distribution they hold is in ``benchmarks/RESULTS.md``."""
 
 LEAST_VOCABULARY = 2 * MOST_CANDIDATES + 16
 """Tokens of a vocabulary from which on a row of float32 logits is larger than its candidates."""

@@ -66,3 +66,13 @@ template <class E> struct PlainRow {
     INLINE void open() {}
     INLINE void four(int word, u32 &first, u32 &second) const { first = halves[2 * word], second = halves[2 * word + 1]; }
 };
+
+// A thread's part of 16 rows and eight columns of each of four groups, for two products of matrix units: it has two rows,
+// eight apart.
+template <class Row> INLINE void take_eight(const Row (&held)[2], int eight, u32 (&w)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        held[0].four(2 * eight + i, w[i][0], w[i][2]);
+        held[1].four(2 * eight + i, w[i][1], w[i][3]);
+    }
+}

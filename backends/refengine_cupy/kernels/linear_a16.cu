@@ -44,12 +44,7 @@ template <class Row, int MT, int NT, int GATED> struct FewTokens {
         for (int eight = 0; eight < 4; eight++) {
             u32 w[MT][2][4];
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    held[m][0].four(2 * eight + i, w[m][i][0], w[m][i][2]);
-                    held[m][1].four(2 * eight + i, w[m][i][1], w[m][i][3]);
-                }
+            for (int m = 0; m < MT; m++) take_eight(held[m], eight, w[m]);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 uint4 v = {0, 0, 0, 0};
