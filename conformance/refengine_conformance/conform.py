@@ -63,6 +63,8 @@ def conform(
     makers = [(policy_named(name).name, BackendSubject(backend, name, fallback)) for name in policies]
     with Worker() as worker:
         examined = [worker.call(Examine(make)) for _, make in makers]
+        for _, make in makers:
+            worker.prepare(make)
     results = []
     for maker in makers:
         about = tuple(item for item in properties if maker[0] in item.policies)

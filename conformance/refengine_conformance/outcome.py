@@ -69,6 +69,8 @@ class Outcome:
         message: what went wrong, or what is lacking and why.
         example: the simplest one found to fail, as drawn; or where the process was when it ended.
         worst: the largest error as a fraction of its bound, where the property tells.
+        backend_failed: whether the backend raised that it failed: all that it does afterwards in the same
+            process may be due to that.
     """
 
     kind: Kind
@@ -76,6 +78,7 @@ class Outcome:
     message: str = ""
     example: str = ""
     worst: float | None = None
+    backend_failed: bool = False
 
     @property
     def found(self) -> bool:

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import IO, Any, cast
 
-from refengine.errors import BackendFailedError
+from refengine.errors import BackendError, BackendFailedError
 from refengine_conformance.outcome import Outcome, Profile, Task
 from refengine_conformance.registry import Property
 from refengine_conformance.subject import Subject
+from refengine_conformance.support import Prepare
 
 START_S = 120.0
 """Seconds until a worker has started: imports, and whatever a backend does before its first answer."""
+
+PREPARE_S = 1200.0
+"""Seconds that a backend may take to prepare itself, once on a machine: see ``PreparingBackend``."""
 
 GRACE_S = 1.0
 """Seconds over its limit that a property gets, to write down where it hangs."""
@@ -64,7 +68,10 @@ def run_suite(
 
 
 class Worker:
-    """A process that runs properties; where it is lost, the next task gets a new one."""
+    """A process that runs properties; where it is lost, the next task gets a new one.
+
+    So it does where a backend has failed: drivers may refuse everything to a process after that.
+    """
 
     def __init__(self) -> None:
         self._process: _Process | None = None
@@ -86,6 +93,8 @@ class Worker:
                 word, value = process.receive(started + task.limit_s + GRACE_S)
                 if word == "done":
                     outcome: Outcome = value
+                    if outcome.backend_failed:
+                        self.close()
                     return outcome
                 failing = value  # it looks for a simpler example now
         except WorkerLostError as lost:
@@ -95,7 +104,15 @@ class Worker:
             what = f"no result within {task.limit_s:g} s" if lost.hung else f"the process ended: {lost.end}"
             return Outcome("hung" if lost.hung else "crashed", perf_counter() - started, what, lost.trace)
 
-    def call(self, function: Callable[[], Any]) -> Any:
+    def prepare(self, make: Callable[[], Subject]) -> None:
+        """Let a subject's backend do its slow work before properties are held, whose time is limited.
+
+        That it fails is no result: properties that need what is missing will tell.
+        """
+        with suppress(BackendError):
+            self.call(Prepare(make), PREPARE_S)
+
+    def call(self, function: Callable[[], Any], limit_s: float = START_S) -> Any:
         """A function's result, computed there; function and result must be picklable.
 
         Raises:
@@ -103,7 +120,7 @@ class Worker:
             BackendFailedError: it raised something else, hung or crashed.
         """
         try:
-            word, value = self._send(function).receive(perf_counter() + START_S)
+            word, value = self._send(function).receive(perf_counter() + limit_s)
         except WorkerLostError as lost:
             self.close()
             word, value = (

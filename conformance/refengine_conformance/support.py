@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from refengine.backend import Backend
+from refengine.backend import Backend, PreparingBackend
 from refengine.ops import OPS
 from refengine.program import POLICIES
 from refengine.quantizer import ENCODINGS, GROUPED
@@ -78,6 +78,20 @@ class Ask:
     def __call__(self) -> bool:
         """Start the backend and ask."""
         return claims(self.make().start(), self.policy)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Lets a subject's backend do its slow work beforehand; a callable that can be sent to a worker."""
+
+    make: Callable[[], Subject]
+
+    def __call__(self) -> None:
+        """Start the backend and ask it, if it has such work."""
+        subject = self.make()
+        backend = subject.start()
+        if isinstance(backend, PreparingBackend):
+            backend.prepare(subject.policy.name)
 
 
 def support_table(backend: Backend, policy: str) -> tuple[Support, ...]:

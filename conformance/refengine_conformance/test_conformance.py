@@ -32,6 +32,7 @@ def worker(subject: BackendSubject) -> Iterator[Worker]:
             worker.call(Examine(subject))
         except BackendError as error:
             pytest.exit(str(error), returncode=BackendError.exit_code)
+        worker.prepare(subject)
         yield worker
 
 

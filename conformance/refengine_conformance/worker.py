@@ -119,7 +119,8 @@ def hold(task: Task, preliminary: Callable[[Outcome], object]) -> Outcome:
         cause = causes[0] if causes else error
         told = _failure(cause, perf_counter() - started)
         message = f"an example failed, and held when it was run again: {told.message}"
-        return Outcome("unsteady", told.seconds, message, _example(error) or told.example, told.worst)
+        example = _example(error) or told.example
+        return Outcome("unsteady", told.seconds, message, example, told.worst, told.backend_failed)
     except Exception as error:
         return _failure(error, perf_counter() - started)
     finally:
@@ -144,6 +145,7 @@ def _is_failure(error: Exception) -> bool:
 
 
 def _failure(error: BaseException, seconds: float) -> Outcome:
+    from refengine.errors import BackendFailedError
     from refengine_conformance.bounds import BoundExceeded
 
     kind: Any = "broken" if isinstance(error, AssertionError) else "raised"
@@ -153,7 +155,8 @@ def _failure(error: BaseException, seconds: float) -> Outcome:
     if kind == "raised" or not text:
         text = "\n".join(filter(None, [text, _place(error)]))
     worst = error.worst if isinstance(error, BoundExceeded) else None
-    return Outcome(kind, seconds, _cut(text, MESSAGE_CHARACTERS), _example(error), worst)
+    failed = isinstance(error, BackendFailedError)
+    return Outcome(kind, seconds, _cut(text, MESSAGE_CHARACTERS), _example(error), worst, failed)
 
 
 def _place(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from refengine.backend.protocol import (
     Executable,
     KVStorage,
     MemoryUse,
+    PreparingBackend,
 )
 from refengine.backend.registry import BackendStatus, load, registered
 from refengine.backend.selection import select
@@ -24,6 +25,7 @@ __all__ = [
     "Executable",
     "KVStorage",
     "MemoryUse",
+    "PreparingBackend",
     "WeightPlan",
     "load",
     "registered",

@@ -239,3 +239,21 @@ class Backend(Protocol):
         Clauses: BCK-12.
         """
         ...
+
+
+@runtime_checkable
+class PreparingBackend(Backend, Protocol):
+    """A backend, besides, that has slow work to do on a machine before it is fast there, such as to compile
+    kernels. None need be one: without ``prepare``, such work is done when it is first needed.
+    """
+
+    def prepare(self, policy: str) -> None:
+        """Do all such work that steps under a policy may need, and keep what comes of it on disk, where other
+        processes find it. What was done before is not done again. Results are the same with and without it.
+
+        The conformance suite calls it before its properties, whose time is limited.
+
+        Args:
+            policy: a name in ``refengine.program.POLICIES``.
+        """
+        ...

@@ -6,12 +6,14 @@ import ctypes
 import os
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from refengine.backend.interpreter import InterpretedBackend
 from refengine.backend.numpy_backend import NumpyBackend
-from refengine.errors import UnsupportedError
+from refengine.errors import BackendFailedError, UnsupportedError
 from refengine.ops import OPS
 from refengine.program import policy
 from refengine_conformance import Subject
@@ -78,6 +80,26 @@ class Narrow(NumpyBackend):
         return "no rows wider than 8" if op == "rms_norm" else None
 
 
+def prepared() -> Path:
+    """What a prepared backend leaves for other processes."""
+    return Path(os.environ["SUSPECT_CACHE"]) / "prepared"
+
+
+def slow_unless_prepared(x: Any, weight: Any, **attributes: Any) -> Any:
+    if not prepared().exists() or prepared().read_text() != "float32":
+        time.sleep(60)
+    return golden(x, weight, **attributes)
+
+
+def failure(why: str) -> BackendFailedError:
+    return BackendFailedError(state="the backend failed", available="others", why=why, mend="start again")
+
+
+def lose(*operands: Any, **attributes: Any) -> Any:
+    Lost.failed = True
+    raise failure("an address that is misaligned")
+
+
 def narrow_double(x: Any, weight: Any, **attributes: Any) -> Any:
     if x.shape[-1] > 8:
         raise UnsupportedError("no rows wider than 8")
@@ -90,6 +112,34 @@ def narrow(x: Any, weight: Any, **attributes: Any) -> Any:
     return golden(x, weight, **attributes)
 
 
+class Preparing(NumpyBackend):
+    """Slow until it has been prepared for its policy, by whichever process."""
+
+    native = MappingProxyType({**NumpyBackend.native, "rms_norm": slow_unless_prepared})
+
+    def prepare(self, policy: str) -> None:
+        prepared().write_text(policy)
+
+
+class Unpreparable(NumpyBackend):
+    """Cannot be prepared."""
+
+    def prepare(self, policy: str) -> None:
+        raise RuntimeError("no compiler here")
+
+
+class Lost(NumpyBackend):
+    """Does not start in a process where it has failed."""
+
+    failed = False
+    native = MappingProxyType({**NumpyBackend.native, "rms_norm": lose})
+
+    def __init__(self) -> None:
+        if Lost.failed:
+            raise failure("the device is gone")
+        super().__init__()
+
+
 class Chatty(NumpyBackend):
     """Prints to stdout."""
 
@@ -100,6 +150,30 @@ class Chatty(NumpyBackend):
     def upload(self, *args: Any) -> Any:
         print("uploading", flush=True)
         return super().upload(*args)
+
+
+@dataclass(frozen=True)
+class PreparingSubject:
+    """In the place of ``BackendSubject``."""
+
+    backend: str
+    policy: str
+    fallback: bool
+
+    def __call__(self) -> Subject:
+        return Subject(Preparing, policy=policy(self.policy))
+
+
+def preparing() -> Subject:
+    return Subject(Preparing)
+
+
+def unpreparable() -> Subject:
+    return Subject(Unpreparable)
+
+
+def losing() -> Subject:
+    return Subject(Lost)
 
 
 def subject_with(function: Any) -> Subject:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from conformance import suspects
 from refengine.errors import BackendFailedError, UnknownBackendError
+from refengine_conformance import conform as conform_module
 from refengine_conformance.faults.fault import Fault
 from refengine_conformance.outcome import PROFILES, Outcome, Task
 from refengine_conformance.registry import Property, all_properties
@@ -95,6 +97,37 @@ def test_a_wrong_result_is_a_finding_with_the_simplest_example(worker: Worker) -
 def test_an_unsteady_result_is_a_finding(worker: Worker) -> None:
     """A failure that does not come again is told as such."""
     assert hold(worker, suspects.unsteady).kind == "unsteady"
+
+
+def test_a_failed_backend_gets_another_process(worker: Worker) -> None:
+    """What fails is told as it was; what comes next is not made to fail by it."""
+    outcome = hold(worker, suspects.losing)
+    assert outcome.found
+    assert "an address that is misaligned" in outcome.message
+    assert worker.call(Examine(suspects.losing)).name == "numpy"
+
+
+def test_slow_work_is_done_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend has prepared itself for is there in every process, and takes no property's time."""
+    monkeypatch.setenv("SUSPECT_CACHE", str(tmp_path))
+    with Worker() as another:
+        assert hold(another, suspects.preparing, limit_s=1.0).kind == "hung"
+        another.prepare(suspects.preparing)
+        assert hold(another, suspects.preparing).kind == "passed"
+
+
+def test_a_run_begins_with_slow_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUSPECT_CACHE", str(tmp_path))
+    monkeypatch.setattr(conform_module, "BackendSubject", suspects.PreparingSubject)
+    run = conform_module.conform("preparing", (NORM,), policies=("float32",), profile=QUICK)
+    assert [result.outcome.kind for result in run.results] == ["passed"]
+
+
+def test_what_cannot_be_prepared_is_left_to_the_properties(worker: Worker) -> None:
+    worker.prepare(suspects.unpreparable)
+    worker.prepare(suspects.unmakeable)
+    worker.prepare(suspects.raising)
+    assert hold(worker, suspects.unpreparable).kind == "passed"
 
 
 def test_a_declared_lack_is_no_finding(worker: Worker) -> None:
