@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from refengine.errors import UnsupportedError
@@ -26,6 +26,9 @@ ENOUGH_BLOCKS = 512
 MOST_HEAD_SIZE = 256
 """Elements of a head, in attention."""
 
+HALVES_COMPANY = 2
+"""Blocks of threads that share a multiprocessor, where matrix units compute attention query by query."""
+
 QUERY_TILE = 64
 """Queries that attention treats at once, where a sequence has many."""
 
@@ -42,10 +45,31 @@ def attention_workspace(instruction: Instruction, sizes: Mapping[str, int]) -> i
     return MOST_PARTIALS * int(heads) * (int(size) + 2) * 4
 
 
-def tile_bytes(itemsize: int) -> int:
-    """Shared memory of a tile of queries: ``TileMemory`` in ``attention_tiles.cu``."""
+def tile_bytes() -> int:
+    """Shared memory of a tile of queries over float32: ``TileMemory`` in ``attention_tile.h``."""
     floats = QUERY_TILE * ((MOST_TILED_SIZE + 4) + (PARTITION + 4) + (PARTITION // 16 + 1))
-    return 4 * floats + PARTITION * (8 + MOST_TILED_SIZE * itemsize + 16)
+    return 4 * floats + PARTITION * (8 + MOST_TILED_SIZE * 4 + 16)
+
+
+def halves_bytes(padded: int) -> tuple[int, int]:
+    """Shared memory of the kernels of matrix units: for queries one by one, and by tiles.
+
+    ``FewMemory`` in ``attention_halves.cu`` and ``TileMemory`` in ``attention_halves_tiles.cu``, for heads of
+        so many elements.
+    """
+    one = PARTITION * padded * 2
+    weights, queries = 2 * 8 * PARTITION * 2, 2 * QUERY_TILE * padded * 2
+    few = 3 * one + weights + 2 * 4 * 8 * 4 + 4 * PARTITION * 8 + 2 * padded * 2
+    return few, 2 * one + PARTITION * 8 + queries
+
+
+def halves_blocks(partitions: int, others: int, multiprocessors: int) -> int:
+    """Blocks of threads that a context is cut up for, where matrix units compute attention query by query.
+
+    As many as a device has room for at once beside ``others``, the number of queries times that of key heads;
+    each takes every so many-th partition.
+    """
+    return min(partitions, max(2, HALVES_COMPANY * multiprocessors // others))
 
 
 def kv_write(binding: Binding, at: int, instruction: Instruction) -> Emit:
@@ -98,33 +122,61 @@ def rope_write(binding: Binding, q: Instruction, k: Instruction, write: Instruct
 def attention(binding: Binding, at: int, instruction: Instruction) -> Emit:
     """Attention: by tiles of queries where sequences have many; else query by query, cut up over its context
     where the device would have too little to do.
+
+    By matrix units where there are some, keys and values are float16, and heads are small enough.
     """
     cache, tables = operand(instruction, 1), operand(instruction, 2)
     attending = Attending(binding, at, instruction, binding.state(cache), tables)
-    tiled = Kernel(
-        "attention_tiles",
-        f"attention_tiles_{binding.kv}",
-        "Attention",
-        256,
-        shared=tile_bytes(binding.layout.dtype.itemsize),
-    )
-    tiles = (
-        attending.size % 8 == 0
-        and attending.size <= MOST_TILED_SIZE
-        and tiled.shared <= binding.shared_bytes  # AMD's devices have less
-    )
+    halves = halves_kernels(binding, attending.size)
+    single, tiled = halves or _scalars(binding, attending)
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         given = attending.arguments(shape, places)
-        if tiles and shape.query_tiles:
+        if tiled is not None and shape.query_tiles:
             yield launch(tiled, (shape.query_tiles, attending.heads, 1), **given)
             return
-        kernel = Kernel(
-            "attention", f"attention_{attending.version(shape)}{binding.kv}", "Attention", PARTITION
-        )
-        yield launch(kernel, attending.grid(shape), **given)
+        grid = attending.halves_grid(shape) if halves else attending.grid(shape)
+        yield launch(single(attending.split(shape)), grid, **given)
 
     return emit
+
+
+Versions = tuple[Callable[[bool], Kernel], Kernel | None]
+"""For queries one by one, given whether contexts are cut up; and for tiles of queries, if there is one."""
+
+
+def halves_kernels(binding: Binding, size: int) -> Versions | None:
+    """Those of matrix units, where they can be used."""
+    padded = 64 if size <= 64 else 128
+    few, tile = halves_bytes(padded)
+    usable = binding.matrix_units and binding.kv == "f16" and size <= padded and few <= binding.shared_bytes
+    if not usable:
+        return None
+
+    def single(split: bool) -> Kernel:
+        name = f"attention_halves_{'split_' if split else ''}{padded}"
+        return Kernel("attention_halves", name, "Attention", 128, shared=few)
+
+    name = "attention_halves_tiles"
+    tiled = Kernel(name, f"{name}_{padded}", "Attention", 128, shared=tile)
+    return single, tiled if tile <= binding.shared_bytes else None
+
+
+def _scalars(binding: Binding, attending: Attending) -> Versions:
+    """Those that compute in float32 as it is."""
+
+    def single(split: bool) -> Kernel:
+        name = f"attention_{attending.version(split)}{binding.kv}"
+        return Kernel("attention", name, "Attention", PARTITION)
+
+    tiled = Kernel("attention_tiles", "attention_tiles", "Attention", 256, shared=tile_bytes())
+    fits = (
+        binding.kv == "f32"
+        and attending.size % 8 == 0
+        and attending.size <= MOST_TILED_SIZE
+        and tiled.shared <= binding.shared_bytes  # AMD's devices have less
+    )
+    return single, tiled if fits else None
 
 
 class Attending:
@@ -145,7 +197,7 @@ class Attending:
         self, binding: Binding, at: int, instruction: Instruction, place: LayerPlace, tables: Value
     ) -> None:
         self._binding, self._instruction, self._place, self._tables = binding, instruction, place, tables
-        self._workspace = binding.plan.workspaces.get(at)
+        self.workspace = binding.plan.workspaces.get(at)
         q = operand(instruction, 0)
         self.heads, self.size = int(q.shape[1]), int(q.shape[2])
         if self.size > MOST_HEAD_SIZE:
@@ -157,19 +209,24 @@ class Attending:
     def split(self, shape: StepShape) -> bool:
         """Whether contexts are cut up, each query by itself."""
         return (
-            self._workspace is not None
+            self.workspace is not None
             and shape.partitions > 1
             and shape.tokens * shape.partitions <= MOST_PARTIALS
             and shape.tokens * self._place.kv_heads < ENOUGH_BLOCKS
         )
 
-    def version(self, shape: StepShape) -> str:
+    def version(self, split: bool) -> str:
         """The part of a kernel's name that says what it is for, each query by itself."""
-        return f"{'1_' if self.heads == self._place.kv_heads else ''}{'split_' if self.split(shape) else ''}"
+        return f"{'1_' if self.heads == self._place.kv_heads else ''}{'split_' if split else ''}"
 
     def grid(self, shape: StepShape) -> tuple[int, int, int]:
         """Blocks of threads, each query by itself."""
         return shape.partitions if self.split(shape) else 1, self._place.kv_heads, shape.tokens
+
+    def halves_grid(self, shape: StepShape) -> tuple[int, int, int]:
+        """The same, for matrix units."""
+        partitions, kv_heads, tokens = self.grid(shape)
+        return halves_blocks(partitions, kv_heads * tokens, self._binding.multiprocessors), kv_heads, tokens
 
     def arguments(self, shape: StepShape, places: Places) -> dict[str, Any]:
         """The fields of ``Attention``; those of a sealed cache are null."""
@@ -187,7 +244,7 @@ class Attending:
             "query_starts": places.inputs["query_starts"],
             "query_tiles": places.inputs["query_tiles"],
             "y": binding.address(self._instruction.result, places),
-            "partials": places.arena + self._workspace.offset if self._workspace else None,
+            "partials": places.arena + self.workspace.offset if self.workspace else None,
             "counters": places.counters,
             "block_bytes": place.block_bytes,
             "sealed_block_bytes": 0,
@@ -201,4 +258,6 @@ class Attending:
             "partitions": shape.partitions,
             "scale": attributes["scale"],
             "softcap": attributes.get("softcap") or 0.0,
+            **dict.fromkeys(("new_keys", "new_values", "turns", "slots")),
+            **dict.fromkeys(("dims", "halves"), 0),
         }

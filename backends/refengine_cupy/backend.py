@@ -11,12 +11,14 @@ from refengine.backend.weights import WeightPlan
 from refengine.errors import UnsupportedError
 from refengine.memory import KVLayout
 from refengine.program import Instruction, MemoryPlan, Policy, Program
+from refengine.program import policy as policy_named
 from refengine.quantizer import LazyTensor
 from refengine_cupy.attention import attention_workspace
 from refengine_cupy.executable import CupyExecutable
 from refengine_cupy.half_products import rounded_workspace
 from refengine_cupy.kv import DeviceKVStorage
 from refengine_cupy.lowering import COMPUTED
+from refengine_cupy.modules import modules_for
 from refengine_cupy.packing import LAYOUTS
 from refengine_cupy.runtime import Runtime
 from refengine_cupy.weights import DeviceWeights, plan_packed
@@ -75,6 +77,10 @@ class CupyBackend:
         if op == "linear_a8" and encoding is not None and encoding not in LAYOUTS:
             return f"cupy has no kernels for products of codes with {encoding}"
         return None
+
+    def prepare(self, policy: str) -> None:
+        """Compile all kernels that programs under a policy may need, side by side, into the cache on disk."""
+        self._runtime.compile(modules_for(policy_named(policy)))
 
     def workspace(self, instruction: Instruction, sizes: Mapping[str, int], policy: Policy) -> int:
         """What attention keeps of the parts of a context; activations in float16."""

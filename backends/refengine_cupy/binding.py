@@ -26,6 +26,7 @@ class Binding:
         states: by name, where layers' keys and values are.
         layout: of the KV cache.
         matrix_units: whether the device has kernels for them.
+        warpgroups: whether it has those for warpgroups.
         multiprocessors: of the device.
         shared_bytes: of the device, for a block of threads.
         passing: where weights are that are streamed; ``None`` where none is.
@@ -40,13 +41,14 @@ class Binding:
         layout: KVLayout,
         *,
         matrix_units: bool,
+        warpgroups: bool,
         multiprocessors: int,
         shared_bytes: int,
         passing: Passing | None = None,
     ) -> None:
         self.program, self.plan, self.layout = program, plan, layout
-        self.matrix_units, self.multiprocessors = matrix_units, multiprocessors
-        self.shared_bytes = shared_bytes
+        self.matrix_units, self.warpgroups = matrix_units, warpgroups
+        self.multiprocessors, self.shared_bytes = multiprocessors, shared_bytes
         self.kv = "f16" if layout.dtype == np.float16 else "f32"
         self.passing = passing
         self._weights, self._states = weights, states
@@ -67,7 +69,8 @@ class Binding:
             return self._weights(value.name).address
         if value is self.program.output:
             return places.output
-        return places.arena + self.plan.placements[value.index].offset
+        place = self.plan.placements[value.index]
+        return places.arena + place.offset + places.moved.get(place, 0)
 
     def codes(self, value: Value, shape: StepShape, places: Places) -> tuple[int, int]:
         """Addresses of codes and scalars."""

@@ -10,13 +10,13 @@ import gc
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda import compiler
 from cupy.cuda import runtime as cuda
 from cupy_backends.cuda.libs import nvrtc
 from numpy.typing import NDArray
@@ -76,6 +76,7 @@ class CupyRuntime:
             raise _failed("the GPU does not start", cause) from cause
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
+        self.warpgroups = not cuda.is_hip and (properties.get("major"), properties.get("minor")) == (9, 0)
         most = "sharedMemPerBlock" if cuda.is_hip else "sharedMemPerBlockOptin"
         self.shared_bytes = int(properties[most])
         self.total_bytes = int(properties["totalGlobalMem"])
@@ -153,6 +154,21 @@ class CupyRuntime:
         """Copy within the device."""
         self._use()
         cuda.memcpyAsync(destination, source, nbytes, cuda.memcpyDeviceToDevice, self.stream)
+
+    def compile(self, modules: Sequence[tuple[str, str | None]]) -> None:
+        """With as many threads as there are cores: the compiler lets others go on.
+
+        On HIP one after the other, into CuPy's own cache.
+        """
+        self._use()
+        if cuda.is_hip:
+            for module in modules:
+                _compiled(*module)
+            return
+        with ThreadPoolExecutor(os.cpu_count(), initializer=self._use) as pool:
+            made = [pool.submit(_binary, *module) for module in modules]
+        for one in made:
+            one.result()  # raises what compiling it has
 
     def prepare(self, kernel: Kernel) -> None:
         """Compile and load."""
@@ -271,50 +287,101 @@ class MappedAddresses:
         self.address = driver.reserve(self._nbytes)
         self._handles: dict[int, int] = {}
 
-    def back(self, piece: int) -> None:
-        """Put memory behind a piece."""
+    def back(self, pieces: range) -> None:
+        """Put memory behind pieces; what takes longest, to let the device at it, is done for all at once."""
+        if not pieces:
+            return
         try:
-            self._handles[piece] = self._driver.map(self.address + piece * self.piece, self.piece)
+            for piece in pieces:
+                self._handles[piece] = self._driver.map(self._place(piece), self.piece)
+            self._driver.allow(self._place(pieces[0]), len(pieces) * self.piece)
         except MemoryError as cause:
+            self._unmap(piece for piece in pieces if piece in self._handles)
+            wanted = f"{len(pieces) * self.piece / 1e6:,.1f} MB of KV cache"
             raise MemoryManagerError(
-                f"{self._device} has no memory left for {self.piece / 1e6:,.1f} MB of KV cache: submit fewer "
-                "or shorter requests at once, or start with fewer --kv-tokens"
+                f"{self._device} has no memory left for {wanted}: submit fewer or shorter requests at once, "
+                "or start with fewer --kv-tokens"
             ) from cause
 
-    def unback(self, piece: int) -> None:
+    def unback(self, pieces: range) -> None:
         """Give it back, once nothing that is queued can use it."""
-        cuda.deviceSynchronize()
-        self._driver.unmap(self.address + piece * self.piece, self.piece, self._handles.pop(piece))
+        if pieces:
+            cuda.deviceSynchronize()
+            self._unmap(pieces)
+
+    def _place(self, piece: int) -> int:
+        return self.address + piece * self.piece
+
+    def _unmap(self, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            self._driver.unmap(self._place(piece), self.piece, self._handles.pop(piece))
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            for piece in tuple(self._handles):
-                self.unback(piece)
+            cuda.deviceSynchronize()
+            self._unmap(tuple(self._handles))
             self._driver.free_addresses(self.address, self._nbytes)
 
 
 def _compiled(module: str, encoding: str | None) -> Any:
-    """A loaded module, from the cache where it was compiled before.
+    """A loaded module."""
+    try:
+        if cuda.is_hip:
+            made = cupy.RawModule(code=text_of(module, encoding), options=HIP_FLAGS)
+            made.compile()
+            return made.module
+        return _loaded(_binary(module, encoding))
+    except BackendFailedError:
+        raise
+    except Exception as cause:
+        raise _failed(f"its kernels ({module}) do not load", cause) from cause
 
-    On CUDA the compiler is called here: CuPy's own cache would have it take subnormal numbers for zero, which
-        the definition of codes does not allow.
+
+def _binary(module: str, encoding: str | None) -> bytes:
+    """A compiled module, from the cache where it was compiled before.
+
+    The compiler is called here: CuPy's own cache would have it take subnormal numbers for zero, which the
+    definition of codes does not allow.
     """
     text = text_of(module, encoding)
     try:
-        if cuda.is_hip:
-            made = cupy.RawModule(code=text, options=HIP_FLAGS)
-            made.compile()
-            return made.module
-        arch = cupy.cuda.Device(0).compute_capability
+        arch = _architecture()
         key = hashlib.sha256(repr((text, FLAGS, arch, nvrtc.getVersion())).encode()).hexdigest()
         path = cache_folder() / f"{module}-{encoding or 'all'}-{key[:32]}.cubin"
-        if not path.exists():
-            binary, _ = compiler.compile_using_nvrtc(text, FLAGS, arch, f"{module}.cu", cache_in_memory=True)
-            _keep(path, binary)
-            return _loaded(binary)
-        return _loaded(path.read_bytes())
+        if path.exists():
+            return path.read_bytes()
+        binary = _called(text, f"{module}.cu", (*FLAGS, f"--gpu-architecture=sm_{arch}"))
+        _keep(path, binary)
+        return binary
     except Exception as cause:
-        raise _failed(f"its kernels ({module}) do not compile or load", cause) from cause
+        raise _failed(f"its kernels ({module}) do not compile", cause) from cause
+
+
+def _architecture() -> str:
+    """What kernels are compiled for: the device's own architecture, of Hopper with all that it alone has.
+
+    Of what the compiler does not know yet the latest that it does: a device runs the code of its own
+        generation's earlier architectures.
+    """
+    own = int(cupy.cuda.Device(0).compute_capability)
+    known = [number for number in nvrtc.getSupportedArchs() if number <= own]
+    return "90a" if own == 90 else str(max(known, default=own))
+
+
+def _called(text: str, name: str, options: tuple[str, ...]) -> bytes:
+    """Machine code of a source.
+
+    Raises:
+        RuntimeError: it does not compile; the text is the compiler's.
+    """
+    program = nvrtc.createProgram(text, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as cause:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from cause
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def cache_folder() -> Path:

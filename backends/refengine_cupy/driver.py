@@ -130,7 +130,7 @@ class Driver:
         self._call("MemAddressFree", c_ulonglong(address), c_size_t(nbytes))
 
     def map(self, address: int, nbytes: int) -> int:
-        """Put memory behind addresses; gives its handle.
+        """Put memory behind addresses, which nobody may use yet; gives its handle.
 
         Raises:
             MemoryError: there is none left.
@@ -138,8 +138,11 @@ class Driver:
         handle = c_ulonglong()
         self._call("MemCreate", byref(handle), c_size_t(nbytes), byref(self._properties), c_ulonglong(0))
         self._call("MemMap", c_ulonglong(address), c_size_t(nbytes), c_size_t(0), handle, c_ulonglong(0))
-        self._call("MemSetAccess", c_ulonglong(address), c_size_t(nbytes), byref(self._access), c_size_t(1))
         return handle.value
+
+    def allow(self, address: int, nbytes: int) -> None:
+        """Let the device use addresses with memory behind them."""
+        self._call("MemSetAccess", c_ulonglong(address), c_size_t(nbytes), byref(self._access), c_size_t(1))
 
     def unmap(self, address: int, nbytes: int, handle: int) -> None:
         """Give the memory behind addresses back."""

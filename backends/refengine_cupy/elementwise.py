@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import inf, prod
 
 from refengine.errors import UnsupportedError
@@ -23,6 +22,12 @@ NORMS = {
     Kernel("elementwise", "norm_any", "Norm", 32): inf,
 }
 """Kernels of ``rms_norm``, with the most columns that each takes; all but the last take whole groups."""
+
+NORMS_OF_HALVES = {
+    Kernel("elementwise", "norm_halves_8192", "Norm", 256): 8192,
+    Kernel("elementwise", "norm_halves_32768", "Norm", 1024): 32768,
+}
+"""Likewise, of those that give rows of float16."""
 
 MOST_CODED = 32768
 """Columns up to which a norm can give codes."""
@@ -118,15 +123,18 @@ def norm(
     *,
     y: Value | None = None,
     codes: Value | None = None,
-    halves: tuple[int, int] | None = None,
+    halves: tuple[int, int, bool] | None = None,
 ) -> Emit:
-    """A norm, into floats, codes, or rows of float16 with their powers, of which the addresses are given."""
+    """A norm, into floats, codes, or rows of float16: addresses of these and of their powers are given, and
+    whether they go into panels.
+    """
     x, weight = operand(instruction, 0), binding.weight(instruction)
     columns = weight.shape[0]
-    kernel = next(k for k, most in NORMS.items() if columns <= most and (columns % GROUP == 0 or most == inf))
-    rounded, powers = (None, None) if halves is None else halves
-    if halves is not None:
-        kernel = replace(kernel, name=kernel.name.replace("norm", "norm_halves"))
+    kernels = NORMS if halves is None else NORMS_OF_HALVES
+    kernel = next(
+        k for k, most in kernels.items() if columns <= most and (columns % GROUP == 0 or most == inf)
+    )
+    rounded, powers, panels = (None, None, False) if halves is None else halves
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         rows = prod(concrete(instruction.result.shape, shape.sizes)) // columns
@@ -135,7 +143,8 @@ def norm(
             yield launch(
                 kernel, (rows, 1, 1), x=binding.address(x, places), weight=weight.address,
                 y=None if y is None else binding.address(y, places), codes=code, scalars=scalars,
-                halves=rounded, powers=powers, columns=columns, epsilon=_number(instruction, "eps"),
+                halves=rounded, powers=powers, columns=columns, panels=int(panels),
+                epsilon=_number(instruction, "eps"),
             )  # fmt: skip
 
     return emit

@@ -59,8 +59,8 @@ class CupyExecutable:
         self._weights, self._cache = weights, cache  # they live as long as this does
         binding = Binding(
             program, plan, weights.__getitem__, cache.states, layout,
-            matrix_units=runtime.matrix_units, multiprocessors=runtime.multiprocessors,
-            shared_bytes=runtime.shared_bytes,
+            matrix_units=runtime.matrix_units, warpgroups=runtime.warpgroups,
+            multiprocessors=runtime.multiprocessors, shared_bytes=runtime.shared_bytes,
             passing=weights.passing(program),
         )  # fmt: skip
         self._lowering = Lowering(binding)

@@ -25,8 +25,24 @@ SEGMENTS = 8
 TILES = {8: 1, 32: 1, 64: 2}
 """By the tokens of a version of ``linear_a16.cu``: its tiles of 16 rows. Those that are gated have two."""
 
+ONE_THREADS, ONE_STAGES, ONE_COLUMNS, ONE_BLOCKS = 256, 6, 8192, 3
+"""In ``linear_a16_one.cu``: of a block; steps that a warp asks for ahead; the most columns that it
+normalises; blocks of a multiprocessor.
+"""
+
 MANY_ROWS, MANY_TOKENS, STAGES = 128, 128, 2
 """Of a block of threads in ``linear_a16_tiles.cu``, and the stages of its pipeline."""
+
+GROUP_ROWS, PANEL_ROWS, WEIGHT_STAGES, X_STAGES = 64, 128, 2, {1: 6, 2: 3}
+"""In ``linear_a16_warpgroups.cu``: rows of a warpgroup, two of which are a block; its tokens; its stages,
+those of activations by how many times 64 rows a warpgroup has.
+"""
+
+MOST_WITHOUT_GROUPS = 64
+"""Tokens up to which kernels of ``linear_a16.cu`` are faster than warpgroups, whose panels are not full."""
+
+NARROW_COST = 1.15
+"""How much longer blocks of half as many rows take for each row: they read activations twice as often."""
 
 
 def row_bytes(columns: int) -> int:
@@ -35,9 +51,12 @@ def row_bytes(columns: int) -> int:
 
 
 def rounded_workspace(instruction: Instruction, sizes: Mapping[str, int]) -> int:
-    """Bytes of a product's activations in float16, and of the power that each row is divided by."""
+    """Bytes of a product's activations in float16, and of the power that each row is divided by; where a
+    step may have so many tokens, in whole panels.
+    """
     tokens, columns = concrete(operand(instruction, 0).shape, sizes)
-    return tokens * (row_bytes(columns) + 4)
+    rows = -(-tokens // PANEL_ROWS) * PANEL_ROWS if tokens > MOST_WITHOUT_GROUPS else tokens
+    return rows * row_bytes(columns) + tokens * 4
 
 
 def can_norm(columns: int) -> bool:
@@ -51,24 +70,33 @@ def few_bytes(tokens: int, *, gated: bool) -> int:
     return SEGMENTS * rows * (tokens + 1) * 4
 
 
+def stage_bytes(layout: Layout, tiles: int) -> int:
+    """Shared memory of so many tiles in a step: ``WeightStage`` in ``weight_stage.h``."""
+    items = tiles * 4 * 16
+    planes = items * layout.codes, items * layout.high or 16, tiles * 16 * layout.blocks or 16
+    return sum(planes) + items // layout.sharing * layout.scales
+
+
+def one_bytes(layout: Layout, columns: int, *, gated: bool) -> int:
+    """Shared memory of ``OneToken`` in ``linear_a16_one.cu``, and of the row behind it."""
+    own = SEGMENTS * ONE_STAGES * stage_bytes(layout, 1) + 2 * (2 if gated else 1) * SEGMENTS * 16 * 4 + 16
+    return own + row_bytes(columns)
+
+
 def many_bytes(layout: Layout) -> int:
     """Shared memory of ``Stage`` in ``linear_a16_tiles.cu``, twice."""
-    items = MANY_ROWS // 16 * 4 * 16
-    weights = items * (layout.codes + layout.high) + items // layout.sharing * layout.scales
-    weights += 0 if layout.high else 16
-    return STAGES * (weights + (MANY_ROWS * layout.blocks or 16) + MANY_TOKENS * STEP * 2)
+    return STAGES * (stage_bytes(layout, MANY_ROWS // 16) + MANY_TOKENS * STEP * 2)
 
 
-def product(
-    binding: Binding,
-    at: int,
-    parts: Sequence[Instruction],
-    *,
-    results: Sequence[Value] | None = None,
-    residual: Value | None = None,
-    gated: Instruction | None = None,
-    normed: Instruction | None = None,
-) -> Emit:
+def group_bytes(layout: Layout, times: int) -> int:
+    """Shared memory of ``ManyMemory`` in ``linear_a16_warpgroups.cu``: so many times 64 rows a warpgroup."""
+    rows = 2 * times * GROUP_ROWS
+    weights = WEIGHT_STAGES * stage_bytes(layout, rows // 16)
+    barriers = -(-(X_STAGES[times] + WEIGHT_STAGES) // 2) * 16
+    return X_STAGES[times] * PANEL_ROWS * STEP + rows * PANEL_ROWS * 4 + weights + barriers
+
+
+class HalfProduct:
     """Products of the same activations with up to three weights, and what is fused with them.
 
     Args:
@@ -80,70 +108,167 @@ def product(
         gated: reads two of them, and takes their place.
         normed: gives the activations, and takes the place of rounding them.
     """
-    x = operand(parts[0], 0)
-    weights = [binding.weight(part) for part in parts]
-    encoding, columns = weights[0].encoding, weights[0].shape[1]
-    outputs = results or [part.result for part in parts]
-    rows = [weight.shape[0] for weight in weights]
-    fixed = matrices(binding, parts) | {"codes": None, "scalars": None, "first_token": 0}
-    activation = f"_{gated.attributes['activation']}" if gated is not None else ""
-    workspace = binding.plan.workspaces[at]
-    many = (
-        binding.matrix_units and encoding in LAYOUTS and many_bytes(LAYOUTS[encoding]) <= binding.shared_bytes
-    )
-    few = [most for most in TILES if few_bytes(most, gated=gated is not None) <= binding.shared_bytes]
 
-    def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
-        tokens = concrete(x.shape, shape.sizes)[0]
+    def __init__(
+        self,
+        binding: Binding,
+        at: int,
+        parts: Sequence[Instruction],
+        *,
+        results: Sequence[Value] | None = None,
+        residual: Value | None = None,
+        gated: Instruction | None = None,
+        normed: Instruction | None = None,
+    ) -> None:
+        self._binding, self._gated, self._normed = binding, gated, normed
+        self._x, self._residual = operand(parts[0], 0), residual
+        self._outputs = results or [part.result for part in parts]
+        weights = [binding.weight(part) for part in parts]
+        self._encoding, self._columns = weights[0].encoding, weights[0].shape[1]
+        self._layout = LAYOUTS.get(self._encoding)
+        self._rows = [weight.shape[0] for weight in weights]
+        self._matrices = matrices(binding, parts)
+        self._activation = f"_{gated.attributes['activation']}" if gated is not None else ""
+        self._workspace = binding.plan.workspaces[at]
+        self._source = self._x if normed is None else operand(normed, 0)
+        written = self._outputs if gated is None else [gated.result]
+        # Blocks of threads read all of the row, some of them when others write results already.
+        self._apart = all(binding.apart(value, self._source) for value in written)
+
+    def __call__(self, shape: StepShape, places: Places) -> Iterable[Launch]:
+        """The launches of a step."""
+        tokens = concrete(self._x.shape, shape.sizes)[0]
         if not tokens:
             return
-        halves = places.arena + workspace.offset
-        powers = halves + tokens * row_bytes(columns)
-        if normed is None:
-            yield launch(
-                elementwise_kernel("round_rows", "RoundRows", 1024), (tokens, 1, 1),
-                x=binding.address(x, places), halves=halves, powers=powers, columns=columns,
-            )  # fmt: skip
-        else:
-            yield from norm(binding, normed, halves=(halves, powers))(shape, places)
-        values: dict[str, Any] = fixed | {
-            "x_codes": halves, "x_scalars": powers, "tokens": tokens,
-            "residual": None if residual is None else binding.address(residual, places),
-        }  # fmt: skip
-        for number in range(3):
-            output = outputs[number] if number < len(outputs) else None
-            values[f"y_{number}"] = None if output is None else binding.address(output, places)
-        if tokens > max(TILES) and many:
-            kernel = Kernel(
-                "linear_a16_tiles",
-                f"many_{encoding}",
-                "Product",
-                256,
-                encoding,
-                many_bytes(LAYOUTS[encoding]),
-            )
-            blocks = sum(-(-count // MANY_ROWS) for count in rows)
-            yield launch(kernel, (blocks, -(-tokens // MANY_TOKENS), 1), **values)
-            if gated is not None:
-                count = tokens * rows[0]
-                yield over(
-                    count, 256, elementwise_kernel(f"gated{activation}", "Binary"), x=values["y_0"],
-                    y=values["y_1"], z=binding.address(gated.result, places), count=count,
-                )  # fmt: skip
+        if tokens == 1 and self._has_one:
+            yield self._one(places)
             return
-        most = next((most for most in few if tokens <= most), max(few))
-        shared = few_bytes(most, gated=gated is not None)
-        kernel = Kernel("linear_a16", f"few_{most}{activation}_{encoding}", "Product", 256, encoding, shared)
-        if gated is not None:
-            values["y_0"] = binding.address(gated.result, places)
-            blocks = -(-rows[0] // 16)
+        grouped = self._group_times(tokens) if tokens > MOST_WITHOUT_GROUPS else 0
+        powers = places.arena + self._workspace.offset
+        powers += row_bytes(self._columns) * (-(-tokens // PANEL_ROWS) * PANEL_ROWS if grouped else tokens)
+        yield from self._rounded(shape, places, powers, panels=bool(grouped))
+        given = self._given(places, powers, tokens)
+        if grouped:
+            yield self._by_warpgroups(given, places, tokens, grouped)
+        elif tokens > max(TILES) and self._has_tiles:
+            yield from self._by_tiles(given, places, tokens)
         else:
-            blocks = sum(-(-count // (16 * TILES[most])) for count in rows)
-        yield launch(kernel, (blocks, -(-tokens // most), 1), **values)
+            yield self._few(given, places, tokens)
 
-    return emit
+    @property
+    def _has_one(self) -> bool:
+        """Whether there is a kernel for one token: what the row comes from may be a norm."""
+        if self._layout is None or not self._binding.matrix_units:
+            return False
+        fits = self._apart and (self._normed is None or self._columns <= ONE_COLUMNS)
+        needed = one_bytes(self._layout, self._columns, gated=self._gated is not None)
+        return fits and needed <= self._binding.shared_bytes
+
+    @property
+    def _has_tiles(self) -> bool:
+        fits = self._layout is not None and many_bytes(self._layout) <= self._binding.shared_bytes
+        return fits and self._binding.matrix_units
+
+    def _group_times(self, tokens: int) -> int:
+        """How many times 64 rows a warpgroup should have; 0 where there are none for these weights."""
+        if self._layout is None or not self._binding.warpgroups:
+            return 0
+        fitting = [t for t in (1, 2) if group_bytes(self._layout, t) <= self._binding.shared_bytes]
+        if self._gated is not None:
+            return 2 if 2 in fitting else 0
+
+        def cost(times: int) -> float:
+            blocks = self._blocks(2 * times * GROUP_ROWS) * -(-tokens // PANEL_ROWS)
+            return -(-blocks // self._binding.multiprocessors) * times * (NARROW_COST if times == 1 else 1.0)
+
+        return min(fitting, key=cost, default=0)
+
+    def _blocks(self, rows: int) -> int:
+        """Blocks of so many rows, of all parts, each of which begins one."""
+        return sum(-(-count // rows) for count in self._rows)
+
+    def _rounded(self, shape: StepShape, places: Places, powers: int, *, panels: bool) -> Iterable[Launch]:
+        """The activations in float16: rows by themselves or in panels, and their powers."""
+        halves = places.arena + self._workspace.offset
+        if self._normed is not None:
+            yield from norm(self._binding, self._normed, halves=(halves, powers, panels))(shape, places)
+            return
+        tokens = concrete(self._x.shape, shape.sizes)[0]
+        yield launch(
+            elementwise_kernel("round_rows", "RoundRows", 1024), (tokens, 1, 1),
+            x=self._binding.address(self._x, places), halves=halves, powers=powers, columns=self._columns,
+            panels=int(panels),
+        )  # fmt: skip
+
+    def _results(self, places: Places) -> dict[str, int | None]:
+        """Addresses of results and of what is added to them."""
+        address = self._binding.address
+        residual = None if self._residual is None else address(self._residual, places)
+        found: dict[str, int | None] = {"residual": residual}
+        for number in range(3):
+            output = self._outputs[number] if number < len(self._outputs) else None
+            found[f"y_{number}"] = None if output is None else address(output, places)
+        return found
+
+    def _given(self, places: Places, powers: int, tokens: int) -> dict[str, Any]:
+        """The fields of ``Product``, of activations that are rounded."""
+        return self._matrices | self._results(places) | {
+            "codes": None, "scalars": None, "first_token": 0, "x_scalars": powers, "tokens": tokens,
+            "x_codes": places.arena + self._workspace.offset,
+        }  # fmt: skip
+
+    def _to_gated(self, values: dict[str, Any], places: Places) -> dict[str, Any]:
+        """With the result of what is gated in the place of the first."""
+        if self._gated is None:
+            return values
+        return values | {"y_0": self._binding.address(self._gated.result, places)}
+
+    def _one(self, places: Places) -> Launch:
+        tiles = -(-self._rows[0] // 16) if self._gated is not None else self._blocks(16)
+        scale = None if self._normed is None else self._binding.weight(self._normed).address
+        given = self._matrices | self._results(places) | {
+            "x": self._binding.address(self._source, places), "norm": scale, "tiles": tiles,
+            "epsilon": 0.0 if self._normed is None else self._normed.attributes["eps"],
+        }  # fmt: skip
+        kernel = Kernel(
+            "linear_a16_one", f"one{self._activation}_{self._encoding}", "TokenProduct", ONE_THREADS,
+            self._encoding, one_bytes(LAYOUTS[self._encoding], self._columns, gated=self._gated is not None),
+        )  # fmt: skip
+        blocks = min(tiles, ONE_BLOCKS * self._binding.multiprocessors)
+        return launch(kernel, (blocks, 1, 1), **self._to_gated(given, places))
+
+    def _few(self, given: dict[str, Any], places: Places, tokens: int) -> Launch:
+        gated = self._gated is not None
+        fitting = [most for most in TILES if few_bytes(most, gated=gated) <= self._binding.shared_bytes]
+        most = next((most for most in fitting if tokens <= most), max(fitting))
+        kernel = Kernel(
+            "linear_a16", f"few_{most}{self._activation}_{self._encoding}", "Product", 256, self._encoding,
+            few_bytes(most, gated=gated),
+        )  # fmt: skip
+        blocks = -(-self._rows[0] // 16) if gated else self._blocks(16 * TILES[most])
+        return launch(kernel, (blocks, -(-tokens // most), 1), **self._to_gated(given, places))
+
+    def _by_warpgroups(self, given: dict[str, Any], places: Places, tokens: int, times: int) -> Launch:
+        name = f"many{self._activation or f'_{times}'}_{self._encoding}"
+        shared = group_bytes(LAYOUTS[self._encoding], times)
+        kernel = Kernel("linear_a16_warpgroups", name, "Product", 256, self._encoding, shared)
+        blocks = -(-self._rows[0] // 128) if self._gated is not None else self._blocks(128 * times)
+        return launch(kernel, (-(-tokens // PANEL_ROWS), blocks, 1), **self._to_gated(given, places))
+
+    def _by_tiles(self, given: dict[str, Any], places: Places, tokens: int) -> Iterable[Launch]:
+        kernel = Kernel(
+            "linear_a16_tiles", f"many_{self._encoding}", "Product", 256, self._encoding,
+            many_bytes(LAYOUTS[self._encoding]),
+        )  # fmt: skip
+        yield launch(kernel, (self._blocks(MANY_ROWS), -(-tokens // MANY_TOKENS), 1), **given)
+        if self._gated is not None:
+            count = tokens * self._rows[0]
+            yield over(
+                count, 256, elementwise_kernel(f"gated{self._activation}", "Binary"), x=given["y_0"],
+                y=given["y_1"], z=self._binding.address(self._gated.result, places), count=count,
+            )  # fmt: skip
 
 
 def linear_a16(binding: Binding, at: int, instruction: Instruction) -> Emit:
     """A product by itself."""
-    return product(binding, at, [instruction])
+    return HalfProduct(binding, at, [instruction])

@@ -111,25 +111,17 @@ class _Pool:
 
     def commit(self, segment: int) -> None:
         self.segments.commit(segment)
-        backed: list[int] = []
-        for piece in self._pieces(segment):
-            if not self._users[piece]:
-                try:
-                    self._addresses.back(piece)
-                except Exception:
-                    self.segments.release(segment)
-                    for done in backed:
-                        self._addresses.unback(done)
-                    raise
-                backed.append(piece)
+        try:
+            self._addresses.back(self._unused(segment))
+        except Exception:
+            self.segments.release(segment)
+            raise
         self._users.update(self._pieces(segment))
 
     def release(self, segment: int) -> None:
         self.segments.release(segment)
-        for piece in self._pieces(segment):
-            self._users[piece] -= 1
-            if not self._users[piece]:
-                self._addresses.unback(piece)
+        self._users.subtract(self._pieces(segment))
+        self._addresses.unback(self._unused(segment))
 
     def copy(self, source: int, destination: int) -> None:
         self._runtime.copy(self._place(source), self._place(destination), self._block_bytes)
@@ -147,6 +139,11 @@ class _Pool:
 
     def _place(self, block: int) -> int:
         return self.address + block * self._block_bytes
+
+    def _unused(self, segment: int) -> range:
+        """Its pieces that no segment has: all but those at its ends, where others may meet it."""
+        unused = [piece for piece in self._pieces(segment) if not self._users[piece]]
+        return range(unused[0], unused[-1] + 1) if unused else range(0)
 
     def _pieces(self, segment: int) -> range:
         start, end = segment * self._segment_bytes, (segment + 1) * self._segment_bytes

@@ -6,7 +6,7 @@ Instructions that follow each other are fused where one kernel does the work of 
 - ``linear_a8`` of the same codes, up to three (q, k and v; gate and up with ``gated`` and, of one token, the
   ``quantize_a8`` of that), and one with the ``add`` after it
 - ``linear_a16`` likewise, with the ``rms_norm`` before them, where they alone read it
-- ``rope`` of q and of k, and ``kv_write``
+- ``rope`` of q and of k, and ``kv_write``; where each sequence of a step has one token, with ``attention``
 
 A kernel that stands for several instructions runs where the last of them stands, when what the first has read
 may have been given to another value: so none is fused whose result lies over what it reads.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -27,6 +28,7 @@ from refengine_cupy.launches import Emit
 from refengine_cupy.runtime import Work
 from refengine_cupy.step_shape import Places, StepShape
 from refengine_cupy.streaming import Stretch, with_fetches
+from refengine_cupy.turning import TurningAttention
 
 EMITTERS: Mapping[str, Callable[[Binding, int, Instruction], Emit]] = MappingProxyType(
     {
@@ -69,6 +71,7 @@ class Lowering:
         read = [v.index for i in self._program for v in i.operands if v is not None]
         self._uses = Counter([*read, self._program.output.index])
         self._emits: list[tuple[Emit, tuple[Stretch, ...]]] = []
+        self._turning: list[TurningAttention] = []
         at = 0
         while (at := self._skip_views(at)) < len(self._program.instructions):
             emit, end = self._lower(at)
@@ -90,6 +93,8 @@ class Lowering:
 
     def launches(self, shape: StepShape, places: Places) -> list[Work]:
         """The launches of a step, and the copies of the weights that are streamed for them."""
+        moved = dict(filter(None, (turning.moved(shape) for turning in self._turning)))
+        places = replace(places, moved=moved)
         return with_fetches([(list(emit(shape, places)), passing) for emit, passing in self._emits])
 
     def _lower(self, at: int) -> tuple[Emit, int]:
@@ -188,7 +193,7 @@ class Lowering:
                 return None
         if not binding.clear(workspace, *(part.result for part in parts)):
             return None if norm is not None else (half_products.linear_a16(binding, at, first), at + 1)
-        emit = partial(half_products.product, binding, workspace, parts, normed=norm)
+        emit = partial(half_products.HalfProduct, binding, workspace, parts, normed=norm)
         after = end if end < len(self._program.instructions) else None
         follower = None if after is None else self._program.instructions[after]
         if follower is None or not binding.clear(workspace, follower.result):
@@ -252,4 +257,15 @@ class Lowering:
             return None
         if not self._binding.apart(q.result, operand(k, 0), v, table):
             return None
+        after = self._skip_views(at + 3)
+        reader = self._named(after, "attention")
+        if (
+            reader is not None
+            and reader.operands[0] is q.result
+            and reader.operands[1] is write.result
+            and self._only_use(q.result)
+        ):
+            turning = TurningAttention(self._binding, after, q, k, write, reader)
+            self._turning.append(turning)
+            return turning, after + 1
         return attention.rope_write(self._binding, q, k, write), at + 3

@@ -87,15 +87,15 @@ class Addresses(Protocol):
     address: int
     piece: int
 
-    def back(self, piece: int) -> None:
-        """Put memory behind a piece.
+    def back(self, pieces: range) -> None:
+        """Put memory behind pieces that follow each other: all or none.
 
         Raises:
-            MemoryManagerError: the device has none left.
+            MemoryManagerError: the device has not so much left.
         """
         ...
 
-    def unback(self, piece: int) -> None:
+    def unback(self, pieces: range) -> None:
         """Give that memory back."""
         ...
 
@@ -107,6 +107,7 @@ class Runtime(Protocol):
         name: as its vendor calls it.
         total_bytes: of its memory.
         matrix_units: whether kernels may use them.
+        warpgroups: whether four warps may use them together, see ``warpgroups.h``.
         multiprocessors: how many it has.
         shared_bytes: the most shared memory that a block of threads may have.
     """
@@ -114,6 +115,7 @@ class Runtime(Protocol):
     name: str
     total_bytes: int
     matrix_units: bool
+    warpgroups: bool
     multiprocessors: int
     shared_bytes: int
 
@@ -161,6 +163,14 @@ class Runtime(Protocol):
 
     def copy(self, source: int, destination: int, nbytes: int) -> None:
         """Copy within the device."""
+        ...
+
+    def compile(self, modules: Sequence[tuple[str, str | None]]) -> None:
+        """Compile modules, each in a version, and keep them for this process and others; loads none.
+
+        Raises:
+            BackendFailedError: a source does not compile.
+        """
         ...
 
     def prepare(self, kernel: Kernel) -> None:

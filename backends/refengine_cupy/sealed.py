@@ -24,7 +24,7 @@ from refengine_cupy.step_shape import Places, StepShape
 RUN = 16
 """Positions whose values are added up before they join others; see ``attention.h``."""
 
-SEALED_TILE_BYTES = tile_bytes(4) + 4 * QUERY_TILE
+SEALED_TILE_BYTES = tile_bytes() + 4 * QUERY_TILE
 """Shared memory of a tile of queries: ``SealedTileMemory`` in ``attention_sealed_tiles.cu``."""
 
 
@@ -79,7 +79,7 @@ def sealed_attention(binding: Binding, at: int, instruction: Instruction) -> Emi
         if tiles and shape.query_tiles:
             yield launch(tiled, (shape.query_tiles, attending.heads, 1), **given)
             return
-        single = f"{name}_{attending.version(shape)}".rstrip("_")
+        single = f"{name}_{attending.version(attending.split(shape))}".rstrip("_")
         kernel = Kernel(name, single, "Attention", PARTITION, version)
         yield launch(kernel, attending.grid(shape), **given)
 

@@ -81,24 +81,28 @@ def write_arrays(
     batch: StepBatch, shape: StepShape, offsets: Mapping[str, int], out: NDArray[np.uint8]
 ) -> None:
     """Put a step's arrays into ``out``. Columns that no context needs are left out of the block tables."""
-
-    def put(name: str, values: NDArray[np.integer]) -> None:
-        at = offsets[name]
-        out[at : at + 4 * values.size].view(np.int32)[...] = values.reshape(-1)
-
-    put("token_ids", batch.token_ids)
-    put("positions", batch.positions)
-    put("sequences", np.repeat(np.arange(shape.sequences, dtype=np.int32), np.diff(batch.query_starts)))
-    put("query_starts", batch.query_starts)
-    put("context_lens", batch.context_lens)
-    put("logit_rows", batch.logit_rows)
-    put("query_tiles", query_tiles(batch))
-    for pool, (slots, tables) in enumerate(zip(batch.slot_mapping, batch.block_tables, strict=True)):
-        put(f"slot_mapping.{pool}", slots)
-        columns = min(tables.shape[1], shape.blocks)
-        at = offsets[f"block_tables.{pool}"]
-        table = out[at : at + 4 * shape.sequences * shape.blocks].view(np.int32)
-        table.reshape(shape.sequences, shape.blocks)[:, :columns] = tables[:, :columns]
+    words = out.view(np.int32)
+    sequences = np.arange(shape.sequences, dtype=np.int32)
+    if shape.tokens > shape.sequences:
+        sequences = np.repeat(sequences, np.diff(batch.query_starts))
+    given = {
+        "token_ids": batch.token_ids,
+        "positions": batch.positions,
+        "sequences": sequences,
+        "query_starts": batch.query_starts,
+        "context_lens": batch.context_lens,
+        "logit_rows": batch.logit_rows,
+        **{f"slot_mapping.{pool}": slots for pool, slots in enumerate(batch.slot_mapping)},
+    }
+    if shape.query_tiles:
+        given["query_tiles"] = query_tiles(batch)
+    for name, values in given.items():
+        at = offsets[name] // 4
+        words[at : at + len(values)] = values
+    for pool, tables in enumerate(batch.block_tables):
+        columns, at = min(tables.shape[1], shape.blocks), offsets[f"block_tables.{pool}"] // 4
+        table = words[at : at + shape.sequences * shape.blocks].reshape(shape.sequences, shape.blocks)
+        table[:, :columns] = tables[:, :columns]
 
 
 def _power_of_two(number: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from refengine.program import Placement
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Places:
         counters: zeros, as many as tokens and key heads that attention is cut up for.
         inputs: addresses of a step's arrays, by name; ``sequences`` among them: each token's sequence.
         frequencies: of ``rope_table``, by the position of its instruction.
+        moved: how far behind the beginning of their place values lie, where it is larger than they are.
     """
 
     arena: int
@@ -50,3 +53,4 @@ class Places:
     counters: int
     inputs: Mapping[str, int]
     frequencies: Mapping[int, int]
+    moved: Mapping[Placement, int] = field(default_factory=dict)

@@ -5,6 +5,9 @@
 // step here, however wide the waves of the hardware may be. Where they wait for each other, all of a block or of a group
 // must wait in the same line: on hardware whose waves are wider than a group, other lines would be other barriers, and
 // threads that are elsewhere would take no part in a shuffle. What a thread leaves behind that has ended is NaN.
+//
+// A GPU ends a kernel that reads or writes at an address which is no multiple of what it reads or writes at once; this
+// CPU would not mind. So the compiler is told to look at each address (-fsanitize=alignment), and to tell what is below.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -17,9 +20,9 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-struct uint2 { u32 x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { u32 x, y, z; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -108,7 +111,14 @@ static bool release(int first, int last, State state) {
     return true;
 }
 
-enum Outcome { FINE, STUCK, TOO_MANY, APART };
+enum Outcome { FINE, STUCK, TOO_MANY, APART, MISALIGNED };
+
+// Where the compiler's check of addresses failed, and the check: as compilers describe both.
+struct Place {
+    const char *file;
+    u32 line, column;
+};
+static Place misaligned; // of the first of a run: no file where there was none
 
 static Outcome run_block() {
     for (int i = 0; i < count; i++) prepare(i);
@@ -152,6 +162,7 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
     dynamic_shared = (u8 *)aligned_alloc(64, (shared + 127) / 64 * 64);
     const u64 blocks = (u64)x * y * z, start = next_random() % blocks;
     Outcome outcome = FINE;
+    misaligned = {};
     for (u64 k = 0; outcome == FINE && k < blocks; k++) {
         const u64 i = (start + k) % blocks;
         blockIdx = {(u32)(i % x), (u32)(i / x % y), (u32)(i / x / y)};
@@ -159,9 +170,16 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
         outcome = run_block();
     }
     free(dynamic_shared);
-    return outcome;
+    return outcome == FINE && misaligned.file ? MISALIGNED : outcome;
 }
 } // namespace emulated
+
+// Called where an address is no multiple of its type's alignment; what it is given begins with the place.
+extern "C" void __ubsan_handle_type_mismatch_v1(void *check, void *) {
+    if (!emulated::misaligned.file) emulated::misaligned = *(const emulated::Place *)check;
+}
+extern "C" u32 line_of_misaligned_access() { return emulated::misaligned.line; }
+extern "C" const char *file_of_misaligned_access() { return emulated::misaligned.file; }
 
 #define INLINE inline __attribute__((always_inline))
 #define KERNEL(name, Arguments, threads)                                                               \
@@ -172,13 +190,14 @@ static int run(void (*kernel)(const void *), const void *given, u32 x, u32 y, u3
     }                                                                                                  \
     static void kernel_##name(const Arguments &a)
 #define KERNEL_IN_COMPANY(name, Arguments, threads, blocks) KERNEL(name, Arguments, threads)
-#define SHARED static
+#define SHARED static __attribute__((aligned(1))) // as its type wants it and no more, as on a GPU: not as the CPU likes it
 #define SHARED_BYTES(name) u8 *name = emulated::dynamic_shared
 #define HAS_MATRIX_UNITS 1
 
 static void __syncthreads(int place = __builtin_LINE()) { emulated::wait(emulated::AT_BLOCK, place); }
 static void group_barrier(int place) { emulated::wait(emulated::AT_GROUP, place); }
 static void __threadfence() {}
+static void wait_for_lanes(int place = __builtin_LINE()) { group_barrier(place); }
 static int threads_where(int condition, int place = __builtin_LINE()) {
     static int arrived, number, result; // the result stands until all have come again
     number = condition != 0 ? (arrived ? number : 0) + 1 : (arrived ? number : 0);
@@ -211,12 +230,22 @@ INLINE u32 pick_bytes(u32 a, u32 b, u32 places) {
     for (int i = 0; i < 4; i++) z |= (u32)(both >> (places >> 4 * i & 7) * 8 & 255) << 8 * i;
     return z;
 }
+INLINE int kept(int x) { return x; }
+INLINE u32 masked(u32 a, u32 mask, u32 others) { return (a & mask) | others; }
 INLINE u32 halves_of(float first, float second) { return (u32)float_to_half(second) << 16 | float_to_half(first); }
 INLINE float half_at(u32 both, int i) { return half_to_float((u16)(both >> 16 * i)); }
 INLINE u32 subtract_halves(u32 a, u32 b) { return halves_of(half_at(a, 0) - half_at(b, 0), half_at(a, 1) - half_at(b, 1)); }
 INLINE u32 multiply_halves(u32 a, u32 b) { return halves_of(half_at(a, 0) * half_at(b, 0), half_at(a, 1) * half_at(b, 1)); }
-INLINE void copy16(void *shared, const void *from) { memcpy(shared, from, 16); }
-INLINE void copy4(void *shared, const void *from) { memcpy(shared, from, 4); }
+INLINE u32 multiply_add_halves(u32 a, u32 b, u32 c) { // products of halves are exact in float64
+    u16 z[2];
+    for (int i = 0; i < 2; i++) {
+        const _Float16 sum = (_Float16)((double)half_at(a, i) * half_at(b, i) + half_at(c, i));
+        memcpy(z + i, &sum, 2);
+    }
+    return (u32)z[1] << 16 | z[0];
+}
+INLINE void copy16(void *shared, const void *from) { *(uint4 *)shared = *(const uint4 *)from; }
+INLINE void copy4(void *shared, const void *from) { *(u32 *)shared = *(const u32 *)from; }
 INLINE void copies_issued() {}
 template <int PENDING> INLINE void copies_done() {}
 INLINE uint4 load_once(const uint4 *p) { return *p; }
@@ -267,6 +296,66 @@ static void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b
             memcpy(from_a, emulated::exchange[group + row % 8 * 4 + k % 8 / 2], sizeof from_a);
             memcpy(from_b, emulated::exchange[group + column * 4 + k % 8 / 2], sizeof from_b);
             sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * half_at(from_b[4 + k / 8], k % 2);
+        }
+        c[i] = (float)sum;
+    }
+    group_barrier(place);
+}
+
+// Four tiles of 8 x 8 float16, by the tables of ldmatrix in the PTX manual: rows are where the threads say, eight of each
+// tile; a thread gets two neighbours of a row, or of a column.
+template <bool TURNED> static void load_any_tiles(u32 (&tiles)[4], const void *row, int place) {
+    const int self = emulated::current, lane = self % 32, group = self - lane;
+    const uint4 *mine = (const uint4 *)row;
+    const uint4 numbers = *mine; // which begins at a multiple of 16 bytes
+    memcpy(emulated::exchange[self], &numbers, sizeof numbers);
+    group_barrier(place);
+    for (int i = 0; i < 4; i++) {
+        u16 two[2];
+        for (int k = 0; k < 2; k++) {
+            const int across = lane / 4, along = lane % 4 * 2 + k;
+            u16 eight[8];
+            memcpy(eight, emulated::exchange[group + i * 8 + (TURNED ? along : across)], sizeof eight);
+            two[k] = eight[TURNED ? across : along];
+        }
+        tiles[i] = (u32)two[1] << 16 | two[0];
+    }
+    group_barrier(place);
+}
+static void load_tiles(u32 (&tiles)[4], const void *row, int place = __builtin_LINE()) {
+    load_any_tiles<false>(tiles, row, place);
+}
+static void load_tiles_turned(u32 (&tiles)[4], const void *row, int place = __builtin_LINE()) {
+    load_any_tiles<true>(tiles, row, place);
+}
+
+// Products of warpgroups, see warpgroups.h: done at once, by the table of wgmma's fragments and that of its 128-byte
+// swizzle in the PTX manual.
+#define SHARED_KILOBYTES(name) SHARED_BYTES(name)
+// Bytes are there when they are copied: between a copy and its use all threads meet at a barrier of the block.
+INLINE void begin_barrier(u64 *) {}
+INLINE void expect_bytes(u64 *, u32) {}
+INLINE void copy_bytes(void *shared, const void *from, u32 bytes, u64 *) {
+    for (u32 i = 0; i < bytes; i += 16) copy16((u8 *)shared + i, (const u8 *)from + i);
+}
+INLINE void wait_for_bytes(u64 *, int) {}
+INLINE void begin_products() {}
+INLINE void products_issued() {}
+template <int PENDING> INLINE void products_done() {}
+static void multiply_group_halves(float (&c)[64], const u32 (&a)[4], const u8 *b, int part, bool adds, int place = __builtin_LINE()) {
+    const int self = emulated::current, lane = self % 32, group = self - lane;
+    memcpy(emulated::exchange[self], a, sizeof a);
+    group_barrier(place);
+    for (int i = 0; i < 64; i++) {
+        const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        double sum = adds ? c[i] : 0.0;
+        for (int k = 0; k < 16; k++) {
+            u32 from_a[4];
+            u16 from_b;
+            memcpy(from_a, emulated::exchange[group + row % 8 * 4 + k % 8 / 2], sizeof from_a);
+            const int byte = column * 128 + part * 32 + k * 2;
+            memcpy(&from_b, b + (byte ^ (byte >> 7 & 7) << 4), sizeof from_b);
+            sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * half_to_float(from_b);
         }
         c[i] = (float)sum;
     }

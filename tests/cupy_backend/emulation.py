@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.errors import MemoryLimitError
-from refengine_cupy.backend import CupyBackend
+from refengine.program import policy
+from refengine_cupy.backend import POLICIES, CupyBackend
+from refengine_cupy.modules import Module, modules_for
 from refengine_cupy.runtime import Await, Fetch, Launch, Work
 from refengine_cupy.source import Kernel, text_of
 
@@ -24,15 +26,22 @@ COMPILER = shutil.which("g++")
 FLAGS = (
     "-std=c++17",
     "-O1",
-    "-shared",
     "-fPIC",
     "-fno-strict-aliasing",
     "-ffp-contract=off",
     "-march=native",
+    "-fsanitize=alignment",
+    "-fno-gnu-unique",
     "-w",
 )
 HEADER = Path(__file__).with_name("emulation.h")
-OUTCOMES = ("", "threads wait for each other", "too many threads", "threads wait in different lines")
+OUTCOMES = (
+    "",
+    "threads wait for each other",
+    "too many threads",
+    "threads wait in different lines",
+    "misaligned address",
+)
 """By what a run gives."""
 
 
@@ -47,19 +56,45 @@ def library(module: str, encoding: str | None) -> ctypes.CDLL:
     return compiled(module, text_of(module, encoding))
 
 
+@cache
+def known_modules() -> frozenset[Module]:
+    """All that backends compile beforehand."""
+    return frozenset(module for name in POLICIES for module in modules_for(policy(name)))
+
+
+def source(text: str) -> str:
+    """With that header."""
+    return f'#include "{HEADER}"\n{text}'
+
+
 def compiled(module: str, source_text: str) -> ctypes.CDLL:
     """Source, compiled with that header; kept under the module's name."""
-    text = f'#include "{HEADER}"\n{source_text}'
-    key = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()[:24]
+    text = source(source_text)
+    key = hashlib.sha256(repr((text, HEADER.read_text(), FLAGS)).encode()).hexdigest()[:24]
     path = folder() / f"{module}-{key}.so"
     if not path.exists():
         folder().mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder()) as work:
-            source, made = Path(work) / "kernels.cpp", Path(work) / "kernels.so"
-            source.write_text(text)
-            subprocess.run([str(COMPILER), *FLAGS, str(source), "-o", str(made)], check=True)
+            file, object, made = (Path(work) / f"kernels.{kind}" for kind in ("cpp", "o", "so"))
+            file.write_text(text)
+            subprocess.run([str(COMPILER), *FLAGS, "-c", str(file), "-o", str(object)], check=True)
+            subprocess.run([str(COMPILER), "-shared", str(object), "-o", str(made)], check=True)
             made.replace(path)
     return ctypes.CDLL(str(path))
+
+
+def misaligned(kernel: Kernel, made: ctypes.CDLL) -> str:
+    """The line where a kernel's last run read or wrote at a misaligned address, if it did."""
+    file, line = made.file_of_misaligned_access, made.line_of_misaligned_access()
+    file.restype = ctypes.c_char_p
+    if (name := file()) is None:
+        return ""
+    text = (
+        HEADER.read_text()
+        if Path(name.decode()) == HEADER
+        else source(text_of(kernel.module, kernel.encoding))
+    )
+    return f": {text.splitlines()[line - 1].strip()}"
 
 
 class HostMemory:
@@ -90,14 +125,16 @@ class HostAddresses:
         self.address = -(-self._bytes.ctypes.data // 256) * 256
         self.backed: set[int] = set()
 
-    def back(self, piece: int) -> None:
-        assert piece not in self.backed
-        self.backed.add(piece)
-        ctypes.memset(self.address + piece * self.piece, 0xFF, self.piece)
+    def back(self, pieces: range) -> None:
+        for piece in pieces:
+            assert piece not in self.backed
+            self.backed.add(piece)
+            ctypes.memset(self.address + piece * self.piece, 0xFF, self.piece)
 
-    def unback(self, piece: int) -> None:
-        self.backed.remove(piece)
-        ctypes.memset(self.address + piece * self.piece, 0xFF, self.piece)
+    def unback(self, pieces: range) -> None:
+        for piece in pieces:
+            self.backed.remove(piece)
+            ctypes.memset(self.address + piece * self.piece, 0xFF, self.piece)
 
 
 class EmulatedRuntime:
@@ -110,6 +147,7 @@ class EmulatedRuntime:
     name = "a GPU, played by the CPU"
     total_bytes = 2**32
     matrix_units = True
+    warpgroups = True
     multiprocessors = 2
     shared_bytes = 227 * 2**10
 
@@ -117,6 +155,7 @@ class EmulatedRuntime:
         self.most, self.most_pinned, self.launched = most, 2**32, []
         self.fetches, self.fetched = fetches, 0  # bytes
         self.free = self.total_bytes
+        self.compiled = set[Module]()
 
     def allocate(self, nbytes: int, purpose: str) -> HostMemory:
         if nbytes > self.most:
@@ -150,6 +189,9 @@ class EmulatedRuntime:
     def copy(self, source: int, destination: int, nbytes: int) -> None:
         ctypes.memmove(destination, source, nbytes)
 
+    def compile(self, modules: Sequence[Module]) -> None:
+        self.compiled.update(modules)
+
     def prepare(self, kernel: Kernel) -> None:
         library(kernel.module, kernel.encoding)
 
@@ -174,10 +216,12 @@ class EmulatedRuntime:
 
     def _launch(self, launch: Launch) -> None:
         kernel = launch.kernel
-        function = getattr(library(kernel.module, kernel.encoding), f"run_{kernel.name}")
+        assert (kernel.module, kernel.encoding) in known_modules(), f"{kernel} is not compiled beforehand"
+        made = library(kernel.module, kernel.encoding)
+        function = getattr(made, f"run_{kernel.name}")
         numbers = [ctypes.c_uint(n) for n in (*launch.grid, kernel.threads, kernel.shared)]
         status = function(launch.arguments, *numbers)
-        assert status == 0, f"{kernel.name} {launch.grid}: {OUTCOMES[status]}"
+        assert status == 0, f"{kernel.name} {launch.grid}: {OUTCOMES[status]}{misaligned(kernel, made)}"
         assert kernel.shared <= self.shared_bytes, (
             f"{kernel.name} wants {kernel.shared} bytes of shared memory"
         )
@@ -194,6 +238,7 @@ class NarrowRuntime(EmulatedRuntime):
     """A device like those of AMD: little shared memory, and no matrix units that kernels know."""
 
     matrix_units = False
+    warpgroups = False
     shared_bytes = 64 * 2**10
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cupy_backend.emulation import EmulatedBackend, EmulatedRuntime
 
+from refengine.backend import PreparingBackend
 from refengine.errors import MemoryLimitError, RequestError, UnsupportedError
 from refengine.ops import OPS
 from refengine.program import POLICIES
@@ -16,8 +17,11 @@ from refengine_conformance.prompts import Chunk, Prompting, Prompts
 from refengine_conformance.subject import Subject
 from refengine_conformance.tiny_model import tiny_model
 from refengine_cupy import info
+from refengine_cupy.backend import POLICIES as CLAIMED
 from refengine_cupy.backend import CupyBackend
 from refengine_cupy.info import probe
+from refengine_cupy.modules import modules_for
+from refengine_cupy.source import text_of
 from refengine_cupy.step_arrays import offsets_of, query_tiles, shape_of
 
 PROMPTS = Prompts(tiny_model(vocabulary_size=97), ((5, 6, 7, 8, 9, 10, 11, 12, 13), (20, 21)))
@@ -74,6 +78,20 @@ def test_the_probe_says_what_is_missing(
     monkeypatch.setattr(info, "find_spec", lambda name: type("Spec", (), {"origin": "somewhere"}))
     found = probe()
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_a_policy_is_prepared_by_compiling_what_its_programs_launch(name: str) -> None:
+    """Each module once, in each version; that nothing is missing every launch on this device checks."""
+    runtime = EmulatedRuntime()
+    backend = CupyBackend(runtime)
+    assert isinstance(backend, PreparingBackend)
+    backend.prepare(name)
+    modules = modules_for(POLICIES[name])
+    assert runtime.compiled == set(modules)
+    assert len(runtime.compiled) == len(modules)
+    for module, version in modules:
+        assert "KERNEL(" in text_of(module, version)
 
 
 def test_without_cupy_the_probe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,37 @@ def test_a_thread_that_has_ended_leaves_no_number() -> None:
     assert np.isnan(x[::2]).all()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "x[0] = (*(const float4 *)(x + 1 + threadIdx.x)).y;",
+        "*(float2 *)(x + 1) = make_float2(1, 2);",
+        "u16 *half = (u16 *)((u8 *)x + threadIdx.x % 2);\nx[63] = *half;",
+        "SHARED uint4 kept[64];\ncopy16(&kept[threadIdx.x], x + 1);",
+        "x[0] = load_once((const uint4 *)(x + 2)).x;",
+    ],
+    ids=["float4", "float2", "u16", "copy16", "load_once"],
+)
+def test_what_is_read_at_once_begins_at_a_multiple_of_its_bytes(body: str) -> None:
+    assert run(body)[0] == "misaligned address"
+
+
+def test_shared_memory_is_aligned_as_its_type_is_or_as_it_says() -> None:
+    """Two arrays of an odd number of floats lie one behind the other: only one can be aligned by chance."""
+    body = """
+        {0} SHARED float one[65];
+        {0} SHARED float other[65];
+        one[threadIdx.x] = other[threadIdx.x] = x[threadIdx.x];
+        __syncthreads();
+        const int first = threadIdx.x / 4 * 4;
+        x[threadIdx.x] = (*(const float4 *)(one + first)).x + (*(const float4 *)(other + first)).x;
+    """
+    assert run(body.format(""))[0] == "misaligned address"
+    outcome, x = run(body.format("alignas(16)"))
+    assert outcome == ""
+    assert x.tolist() == [i // 4 * 8 for i in range(64)]
+
+
 PROMPTS = Prompts(tiny_model(), (tuple(range(1, 90)), tuple(range(1, 20))))
 
 

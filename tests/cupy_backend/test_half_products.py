@@ -15,7 +15,7 @@ from refengine.quantizer import decode
 from refengine_conformance.bounds import check_bound
 from refengine_conformance.subject import Subject, Weight, activation, one_sequence
 from refengine_cupy.backend import CupyBackend
-from refengine_cupy.half_products import STAGES, TILES, few_bytes, many_bytes
+from refengine_cupy.half_products import STAGES, TILES, few_bytes, group_bytes, many_bytes, one_bytes
 from refengine_cupy.packing import LAYOUTS, PLAIN
 from refengine_cupy.source import text_of
 
@@ -24,6 +24,12 @@ TOKENS = (1, 8, 30, 64, 150)
 """Of every version one, with rows and tokens that fill no tile."""
 
 U = 2.0**-24
+
+
+class OlderRuntime(EmulatedRuntime):
+    """A device whose warps use matrix units each by itself."""
+
+    warpgroups = False
 
 
 def activations(tokens: int, columns: int) -> np.ndarray:
@@ -72,6 +78,9 @@ def test_results_keep_their_bound_and_a_row_its_bits(name: str) -> None:
     check_bound(whole, rounded @ w.T + bias, bound)
     for tokens in TOKENS:
         assert product(x[:tokens], weight, Weight(bias)).tobytes() == whole[:tokens].tobytes()
+    older = Subject(lambda: CupyBackend(OlderRuntime()), policy=MIXED16)
+    for tokens in (64, 150):
+        assert older.apply("linear", x[:tokens], weight, Weight(bias)).tobytes() == whole[:tokens].tobytes()
 
 
 def test_a_row_with_infinity_has_no_numbers_and_spoils_no_other() -> None:
@@ -111,7 +120,7 @@ def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(columns: int, ac
 
     roles = ("gate", "up", "down")
     stored = {role: matrix("q4_0", columns, columns, seed) for seed, role in enumerate(roles)}
-    for tokens in (1, 40, 70):
+    for tokens in (1, 30, 70):
         x, tracer = activations(tokens, columns), Tracer()
         inputs = symbolic_inputs(tracer, kv_groups=1)
         value = activation(tracer, inputs, "x", x.shape)
@@ -125,12 +134,17 @@ def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(columns: int, ac
         subject = Subject(start, policy=MIXED16)
         program = subject.in_policy(tracer.finish(y), tensors)
         found[tokens] = subject.compile(program, tensors, tokens).run(one_sequence(tokens))
-    assert [name.split("_q")[0] for name in runtimes[0].launched if "embedding" not in name] == [
-        "norm_halves_512" if columns <= 512 else "norm_halves_8192", f"few_8_{activation_name}", "round_rows", "few_8",
-    ] * 2  # fmt: skip
+    kernels = [
+        [name.split("_q")[0] for name in runtime.launched if "embedding" not in name] for runtime in runtimes
+    ]
+    assert kernels == [
+        [f"one_{activation_name}", "one"] * 2,
+        ["norm_halves_8192", f"few_32_{activation_name}", "round_rows", "few_32"] * 2,
+        ["norm_halves_8192", f"many_{activation_name}", "round_rows", "many_1"] * 2,
+    ]
     assert np.isfinite(found[1]).all()
-    assert found[1].tobytes() == found[40][:1].tobytes() == found[70][:1].tobytes()
-    assert found[40].tobytes() == found[70][:40].tobytes()
+    assert found[1].tobytes() == found[30][:1].tobytes() == found[70][:1].tobytes()
+    assert found[30].tobytes() == found[70][:30].tobytes()
 
 
 @pytest.mark.parametrize("encoding", LAYOUTS)
@@ -144,6 +158,16 @@ def test_shared_memory_is_what_the_kernels_lay_out(encoding: str, tmp_path: Path
     for module, asked, expected in (
         ("linear_a16_tiles", ["sizeof(Stage<E>)"], [many_bytes(LAYOUTS[encoding]) // STAGES]),
         ("linear_a16", few.values(), [few_bytes(most, gated=False) // 8 for most in few]),
+        (
+            "linear_a16_one",
+            ["sizeof(OneToken<E, 0>::Memory)", "sizeof(OneToken<E, 1>::Memory)"],
+            [one_bytes(LAYOUTS[encoding], 0, gated=gated) for gated in (False, True)],
+        ),
+        (
+            "linear_a16_warpgroups",
+            ["sizeof(ManyMemory<E, 1>)", "sizeof(ManyMemory<E, 2>)"],
+            [group_bytes(LAYOUTS[encoding], 1), group_bytes(LAYOUTS[encoding], 2)],
+        ),
     ):
         source, program = tmp_path / f"{module}.cpp", tmp_path / module
         text = f'#include "{header}"\n{text_of(module, encoding)}\n#include <cstdio>\ntypedef {encoding.upper()} E;\n'

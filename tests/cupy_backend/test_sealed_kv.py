@@ -218,6 +218,19 @@ def test_attention_over_a_sealed_cache_is_that_over_what_it_opens_to(
         assert (np.abs(y - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("sealed", [("int8", "float32"), ("int4", "float16"), ("float16", "float32")])
+def test_floats_may_lie_at_any_byte(sealed: tuple[str, str]) -> None:
+    """Behind keys of an odd number of bytes, or of halves: the played device refuses misaligned reads and writes."""
+    device, case = Device(), sequences((12,), (1, 1, 5), sealed, 3)
+    keys = SEALED_KEYS[sealed[0]].nbytes(positions=3, kv_heads=1, head_size=5)
+    assert keys % np.dtype(sealed[1]).itemsize
+    y = Attending(device.subject, case).step(case.whole)[0]
+    sealing = Sealing(sealed, 3)
+    read = sealing.read("keys", case.k.astype(np.float64)), sealing.read("values", case.v.astype(np.float64))
+    expected, bound = softmax_means(case, 0, 2.0**-24 + 2.0**-53, read)
+    assert (np.abs(y - expected) <= bound).all()
+
+
 def test_plain_and_sealed_caches_give_the_same_bits_where_sealing_changes_nothing() -> None:
     """Sealed float32, read beside exact copies, against attention over a plain cache."""
     device, case = Device(), sequences((150, 20), (4, 2, 32), ("float32", "float32"), 16)

@@ -28,6 +28,11 @@ struct Attention {
     int tokens, blocks; // blocks: columns of the tables
     int heads, kv_heads, size, block_size, window, partitions;
     float scale, softcap;
+    // Where queries are turned, and a token's key and value stored, on the way; see attention_halves.cu.
+    const float *new_keys, *new_values; // [T, kv_heads, size]
+    const float *turns;                 // [T, dims]
+    const int *slots;
+    int dims, halves;
 };
 
 struct HalfChunk {

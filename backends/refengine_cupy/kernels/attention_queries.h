@@ -6,7 +6,7 @@
 // Keys and values come from a reader R. For a run of positions, it gives chunks of them, some positions at a time and in
 // order; and an opener, whose number(chunk, k, e) is element e of the k-th.
 #pragma once
-#include "attention.h"
+#include "attention_partials.h"
 
 #define SUB_LANES 16           // threads that share a position
 #define MOST_AT_ONCE 4         // query heads treated at once, where a key head has several
@@ -93,11 +93,10 @@ template <class R, bool SPLIT, int AT_ONCE> INLINE void attend(const Attention &
     constexpr int most_chunks = AT_ONCE == 1 ? MOST_CHUNKS : 16; // with 32, two heads are treated at once
     SHARED float scores[AT_ONCE * PARTITION * (most_chunks + 1)]; // of keys; then sums of values
     SHARED float weights[AT_ONCE][PARTITION];
-    SHARED float queries[AT_ONCE * most_chunks * CHUNK]; // 4 heads of 128, or 2 of 256
+    alignas(16) SHARED float queries[AT_ONCE * most_chunks * CHUNK]; // 4 heads of 128, or 2 of 256; read by float4
     SHARED float largest[AT_ONCE][PARTITION / LANES];
     SHARED float run_sums[AT_ONCE][RUNS];
     SHARED typename R::Memory memory;
-    SHARED u32 finished;
 
     const int token = blockIdx.z, head = blockIdx.y, group = a.heads / a.kv_heads;
     const int chunks = (a.size + CHUNK - 1) / CHUNK;
@@ -200,49 +199,5 @@ template <class R, bool SPLIT, int AT_ONCE> INLINE void attend(const Attention &
                 }
             }
     }
-    if (!SPLIT) return;
-
-    const u32 count = last_partition - first_partition + 1;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 *counter = a.counters + (long)token * a.kv_heads + head;
-        finished = count_up(counter) == count - 1;
-        if (finished) *counter = 0;
-    }
-    __syncthreads();
-    if (!finished) return;
-    __threadfence();
-    // The factors of join(), of as many partitions as there are threads at a time; then the sums they belong to.
-    float *m_of = scores, *l_of = scores + PARTITION, *kept_of = scores + 2 * PARTITION, *added_of = scores + 3 * PARTITION;
-    for (int h = 0; h < group; h++) {
-        const long row = (long)token * a.heads + head * group + h;
-        const float *partials = a.partials + row * a.partitions * (a.size + 2);
-        float m = LOWEST, l = 0.0f, sums[2] = {};
-        for (u32 first = 0; first < count; first += PARTITION) {
-            const u32 some = count - first < PARTITION ? count - first : PARTITION;
-            __syncthreads();
-            if (threadIdx.x < some) {
-                const float *partial = partials + (long)(first + threadIdx.x) * (a.size + 2) + a.size;
-                m_of[threadIdx.x] = partial[0], l_of[threadIdx.x] = partial[1];
-            }
-            __syncthreads();
-            if (threadIdx.x < some) {
-                float before = m;
-                for (u32 p = 0; p < threadIdx.x; p++) before = fmaxf(before, m_of[p]);
-                join_factors(before, m_of[threadIdx.x], kept_of[threadIdx.x], added_of[threadIdx.x]);
-            }
-            __syncthreads();
-#pragma unroll 16
-            for (u32 p = 0; p < some; p++) {
-                m = fmaxf(m, m_of[p]);
-                l = join(l, kept_of[p], l_of[p], added_of[p]);
-                const float *partial = partials + (long)(first + p) * (a.size + 2) + threadIdx.x;
-                if (threadIdx.x < (u32)a.size) sums[0] = join(sums[0], kept_of[p], partial[0], added_of[p]);
-                if (threadIdx.x + PARTITION < (u32)a.size) sums[1] = join(sums[1], kept_of[p], partial[PARTITION], added_of[p]);
-            }
-        }
-        for (int part = 0; part < 2; part++)
-            if (threadIdx.x + part * PARTITION < a.size) a.y[row * a.size + threadIdx.x + part * PARTITION] = sums[part] / l;
-    }
+    if (SPLIT) join_partials(a, token, head, last_partition - first_partition + 1, scores);
 }

@@ -63,5 +63,4 @@ template <class C> INLINE void attend_tile(const Attention &a) {
     tile.run();
 }
 
-KERNEL_IN_COMPANY(attention_tiles_f32, Attention, THREADS, 1) { attend_tile<FloatChunk>(a); }
-KERNEL_IN_COMPANY(attention_tiles_f16, Attention, THREADS, 1) { attend_tile<HalfChunk>(a); }
+KERNEL_IN_COMPANY(attention_tiles, Attention, THREADS, 1) { attend_tile<FloatChunk>(a); }

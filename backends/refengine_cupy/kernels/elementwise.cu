@@ -1,7 +1,7 @@
 // Ops that treat rows or elements alone. Rows lie one after another, without gaps.
 #include "codes.h"
 #include "encodings.h"
-#include "halves.h"
+#include "rows.h"
 
 INLINE long thread_number() { return (long)blockIdx.x * blockDim.x + threadIdx.x; }
 
@@ -97,6 +97,7 @@ KERNEL(copy, Unary, 256) {
 }
 
 #include "gated.h"
+#include "rope.h"
 
 KERNEL(gated_silu, Binary, 256) {
     wait_for_producer();
@@ -119,42 +120,9 @@ struct Norm {
     u8 *codes, *scalars;
     u16 *halves;
     float *powers;
-    int columns;
+    int columns, panels; // whether halves lie in panels, see halves.h
     float epsilon;
 };
-
-template <int THREADS> INLINE float block_sum(float sum) {
-    SHARED float parts[THREADS / LANES];
-    sum = sum_of_lanes(sum);
-    if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = sum;
-    __syncthreads();
-    sum = threadIdx.x % LANES < THREADS / LANES ? parts[threadIdx.x % LANES] : 0.0f;
-    return sum_of_lanes(sum);
-}
-
-template <int THREADS> INLINE u32 block_largest(u32 largest) {
-    SHARED u32 parts[THREADS / LANES];
-    for (int mask = 16; mask > 0; mask /= 2) {
-        const u32 other = (u32)shuffle_xor((int)largest, mask);
-        largest = other > largest ? other : largest;
-    }
-    if (THREADS == LANES) return largest;
-    if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = largest;
-    __syncthreads();
-    for (int i = 0; i < THREADS / LANES; i++) largest = parts[i] > largest ? parts[i] : largest;
-    return largest;
-}
-
-// Four columns of a row, the first of them a multiple of four, as float16.
-INLINE void store_halves(u16 *row, int column, const float4 &x, float factor) {
-    const uint2 both = {halves_of(x.x * factor, x.y * factor), halves_of(x.z * factor, x.w * factor)};
-    *(uint2 *)(row + half_place(column)) = both;
-}
-
-INLINE u32 larger(u32 largest, float x) {
-    const u32 bits = bits_of(x) & 0x7FFFFFFFu;
-    return bits > largest ? bits : largest;
-}
 
 // Rows of any length.
 KERNEL(norm_any, Norm, 32) {
@@ -168,63 +136,22 @@ KERNEL(norm_any, Norm, 32) {
     for (int i = threadIdx.x; i < a.columns; i += LANES) a.y[start + i] = a.x[start + i] * factor * a.weight[i];
 }
 
-// Rows of whole groups of 32, held in registers: each thread has up to FOURS times four elements.
-template <int THREADS, int FOURS, bool HALVES> INLINE void normalise(const Norm &a) {
+template <int THREADS, int FOURS> INLINE void normalise(const Norm &a) {
+    typedef NormedRow<THREADS, FOURS> Row;
     const long start = (long)blockIdx.x * a.columns;
-    float4 x[FOURS], weight[FOURS];
-#pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const int i = (k * THREADS + threadIdx.x) * 4;
-        if (i < a.columns) weight[k] = load_float4(a.weight + i);
-    }
+    Row row;
+    row.load_weights(a.weight, a.columns);
     wait_for_producer();
     let_consumer_start();
-    float sum = 0.0f;
+    row.normalise(a.x + start, a.columns, a.epsilon);
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
-        const int i = (k * THREADS + threadIdx.x) * 4;
-        if (i >= a.columns) continue;
-        x[k] = load_float4(a.x + start + i);
-        sum = fmaf(x[k].x, x[k].x, sum);
-        sum = fmaf(x[k].y, x[k].y, sum);
-        sum = fmaf(x[k].z, x[k].z, sum);
-        sum = fmaf(x[k].w, x[k].w, sum);
-    }
-    sum = THREADS == LANES ? sum_of_lanes(sum) : block_sum<THREADS>(sum);
-    const float factor = 1.0f / sqrtf(sum / (float)a.columns + a.epsilon);
-    if (HALVES) {
-        u32 largest = 0;
-#pragma unroll
-        for (int k = 0; k < FOURS; k++) {
-            if ((k * THREADS + (int)threadIdx.x) * 4 >= a.columns) continue;
-            x[k].x = x[k].x * factor * weight[k].x, x[k].y = x[k].y * factor * weight[k].y;
-            x[k].z = x[k].z * factor * weight[k].z, x[k].w = x[k].w * factor * weight[k].w;
-            largest = larger(larger(larger(larger(largest, x[k].x), x[k].y), x[k].z), x[k].w);
-        }
-        const float power = row_power(block_largest<THREADS>(largest));
-        u16 *row = a.halves + (long)blockIdx.x * steps_of(a.columns) * STEP;
-        const float4 zero = {};
-#pragma unroll
-        for (int k = 0; k < FOURS; k++) {
-            const int i = (k * THREADS + threadIdx.x) * 4;
-            if (i < a.columns) store_halves(row, i, x[k], row_factor(power));
-            if (a.y && i < a.columns) *(float4 *)(a.y + start + i) = x[k];
-        }
-        for (int i = a.columns + threadIdx.x * 4; i < steps_of(a.columns) * STEP; i += THREADS * 4) store_halves(row, i, zero, 1.0f);
-        if (threadIdx.x == 0) a.powers[blockIdx.x] = power;
-        return;
-    }
-#pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const int i = (k * THREADS + threadIdx.x) * 4;
+        const int i = Row::column(k);
         const int first = (k * THREADS + (threadIdx.x & ~31u)) * 4; // all lanes take part where one does
         if (first >= a.columns) continue;
-        float y[4] = {};
-        if (i < a.columns) {
-            y[0] = x[k].x * factor * weight[k].x, y[1] = x[k].y * factor * weight[k].y;
-            y[2] = x[k].z * factor * weight[k].z, y[3] = x[k].w * factor * weight[k].w;
-        }
         if (a.codes) {
+            const float4 zero = {}, &four = i < a.columns ? row.x[k] : zero;
+            const float y[4] = {four.x, four.y, four.z, four.w};
             Scalars found;
             const u32 word = codes_of_lane(y, found);
             const long item = (start + i) / 32;
@@ -233,47 +160,48 @@ template <int THREADS, int FOURS, bool HALVES> INLINE void normalise(const Norm 
                 if (threadIdx.x % 8 == 0) ((Scalars *)a.scalars)[item] = found;
             }
         } else if (i < a.columns) {
-            *(float4 *)(a.y + start + i) = make_float4(y[0], y[1], y[2], y[3]);
+            *(float4 *)(a.y + start + i) = row.x[k];
         }
     }
 }
 
-KERNEL(norm_512, Norm, 32) { normalise<32, 4, false>(a); }
-KERNEL(norm_8192, Norm, 1024) { normalise<1024, 2, false>(a); }
-KERNEL(norm_32768, Norm, 1024) { normalise<1024, 8, false>(a); }
-KERNEL(norm_halves_512, Norm, 32) { normalise<32, 4, true>(a); }
-KERNEL(norm_halves_8192, Norm, 1024) { normalise<1024, 2, true>(a); }
-KERNEL(norm_halves_32768, Norm, 1024) { normalise<1024, 8, true>(a); }
+template <int THREADS, int FOURS> INLINE void normalise_halves(const Norm &a) {
+    typedef NormedRow<THREADS, FOURS> Row;
+    const long start = (long)blockIdx.x * a.columns;
+    Row row;
+    row.load_weights(a.weight, a.columns);
+    wait_for_producer();
+    let_consumer_start();
+    row.normalise(a.x + start, a.columns, a.epsilon);
+    const float power = row_power(block_largest<THREADS>(row.largest(a.columns)));
+    const HalfRow halves = half_row(a.halves, blockIdx.x, a.columns, a.panels);
+    row.store(halves, a.columns, power);
+    fill_step(halves, a.columns, THREADS);
+    if (threadIdx.x == 0) a.powers[blockIdx.x] = power;
+#pragma unroll
+    for (int k = 0; k < FOURS; k++)
+        if (a.y && Row::column(k) < a.columns) *(float4 *)(a.y + start + Row::column(k)) = row.x[k];
+}
+
+KERNEL(norm_512, Norm, 32) { normalise<32, 4>(a); }
+KERNEL(norm_8192, Norm, 1024) { normalise<1024, 2>(a); }
+KERNEL(norm_32768, Norm, 1024) { normalise<1024, 8>(a); }
+KERNEL(norm_halves_8192, Norm, TOKEN_THREADS) { normalise_halves<TOKEN_THREADS, TOKEN_FOURS>(a); }
+KERNEL(norm_halves_32768, Norm, 1024) { normalise_halves<1024, 8>(a); }
 
 // Rows x[count, columns] as float16, and the power that each is divided by. A row is one block's.
 struct RoundRows {
     const float *x;
     u16 *halves;
     float *powers;
-    int columns;
+    int columns, panels;
 };
-
-INLINE float4 load_four(const float *x, int column, int columns) {
-    if (columns % 4 == 0 && column < columns) return load_float4(x + column);
-    float four[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) four[i] = column + i < columns ? x[column + i] : 0.0f;
-    return make_float4(four[0], four[1], four[2], four[3]);
-}
 
 KERNEL(round_rows, RoundRows, 1024) {
     wait_for_producer();
     let_consumer_start();
-    const float *x = a.x + (long)blockIdx.x * a.columns;
-    u16 *row = a.halves + (long)blockIdx.x * steps_of(a.columns) * STEP;
-    u32 largest = 0;
-    for (int i = threadIdx.x * 4; i < a.columns; i += 4096) {
-        const float4 four = load_four(x, i, a.columns);
-        largest = larger(larger(larger(larger(largest, four.x), four.y), four.z), four.w);
-    }
-    const float power = row_power(block_largest<1024>(largest));
-    for (int i = threadIdx.x * 4; i < steps_of(a.columns) * STEP; i += 4096)
-        store_halves(row, i, load_four(x, i, a.columns), row_factor(power));
+    const HalfRow row = half_row(a.halves, blockIdx.x, a.columns, a.panels);
+    const float power = round_row<1024, 2>(a.x + (long)blockIdx.x * a.columns, row, a.columns);
     if (threadIdx.x == 0) a.powers[blockIdx.x] = power;
 }
 
@@ -345,24 +273,6 @@ struct Rope {
     int heads, kv_heads, size, dims, halves, block_size;
 };
 
-INLINE float rotated(const float *x, const float *table, int i, int dims, int halves) {
-    if (i >= dims) return x[i];
-    const int half = dims / 2;
-    const int pair = halves ? i % half : i / 2;
-    const bool first = halves ? i < half : i % 2 == 0;
-    const int other = halves ? (first ? i + half : i - half) : i ^ 1;
-    const float cosine = table[pair], sine = table[half + pair];
-    const float kept = x[i] * cosine, turned = x[other] * sine;
-    return first ? kept - turned : kept + turned;
-}
-
-struct HalfSlots {
-    typedef u16 Number;
-    static INLINE u16 of(float x) { // what would round to infinity is NaN
-        const u16 h = float_to_half(x);
-        return (h & 0x7FFF) == 0x7C00 ? (u16)0x7E00 : h;
-    }
-};
 struct FloatSlots {
     typedef float Number;
     static INLINE float of(float x) { return x; }

@@ -22,7 +22,7 @@ struct Part {
     int rows;
 };
 
-INLINE Part part_of(const Product &a, int number) {
+template <class A> INLINE Part part_of(const A &a, int number) {
     if (number == 0) return {{a.codes_0, a.high_0, a.scales_0, a.blocks_0}, a.bias_0, a.y_0, a.rows_0};
     if (number == 1) return {{a.codes_1, a.high_1, a.scales_1, a.blocks_1}, a.bias_1, a.y_1, a.rows_1};
     return {{a.codes_2, a.high_2, a.scales_2, a.blocks_2}, a.bias_2, a.y_2, a.rows_2};

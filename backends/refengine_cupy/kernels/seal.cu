@@ -115,18 +115,19 @@ template <class F, class P> INLINE void seal_integers(const Copies &from, const 
     __syncthreads();
 }
 
-INLINE void seal_number(u16 *to, float x) {
-    const u16 half = float_to_half(x);
-    *to = (half & 0x7FFF) == 0x7C00 ? (u16)0x7E00 : half;
-}
-INLINE void seal_number(float *to, float x) {
-    *to = (bits_of(x) & 0x7FFFFFFFu) == 0x7F800000u ? float_of_bits(0x7FC00000u) : x;
+// The bits of a sealed float; what overflows is NaN.
+template <class C> INLINE u32 sealed_bits(float x) {
+    if (C::bytes == 2) {
+        const u16 half = float_to_half(x);
+        return (half & 0x7FFF) == 0x7C00 ? 0x7E00 : half;
+    }
+    return (bits_of(x) & 0x7FFFFFFFu) == 0x7F800000u ? 0x7FC00000u : bits_of(x);
 }
 
-template <class N> INLINE void seal_floats(const Copies &from, u8 *to) {
+template <class C> INLINE void seal_floats(const Copies &from, const ScatteredParts<C> &parts, u8 *to) {
     for (int item = threadIdx.x; item < from.block.positions * from.block.size; item += SEALING) {
         const int offset = item / from.block.size, e = item % from.block.size;
-        seal_number((N *)to + from.block.row(offset, from.head) * from.block.size + e, from.at(offset, e));
+        parts.store(to, offset, from.head, e, sealed_bits<C>(from.at(offset, e)));
     }
 }
 
@@ -135,12 +136,12 @@ template <class K, class V> INLINE void seal(const Copies &from, u8 *to, bool ke
         if constexpr (K::integers)
             seal_integers<K>(from, KeyParts<K>{from.block}, to);
         else
-            seal_floats<typename K::Number>(from, to);
+            seal_floats(from, ScatteredParts<K>{from.block}, to);
     } else {
         if constexpr (V::integers)
             seal_integers<V>(from, ValueParts<V>{from.block}, to);
         else
-            seal_floats<typename V::Number>(from, to);
+            seal_floats(from, ScatteredParts<V>{from.block}, to);
     }
 }
 

@@ -53,15 +53,14 @@ template <int BITS> struct Integers {
     }
 };
 
-template <class C, class N> struct Floats : C {
+template <class C> struct Floats : C {
     static constexpr bool integers = false;
-    typedef N Number;
 };
 
 typedef Integers<8> Int8;
 typedef Integers<4> Int4;
-typedef Floats<HalfChunk, u16> Float16;
-typedef Floats<FloatChunk, float> Float32;
+typedef Floats<HalfChunk> Float16;
+typedef Floats<FloatChunk> Float32;
 
 struct Block {
     int positions, kv_heads, size;
@@ -97,6 +96,7 @@ template <class F> struct ValueParts {
     }
 };
 
+// Exact copies; and sealed ones that are floats, where everything lies at multiples of 16 bytes.
 template <class C> struct FloatParts {
     Block block;
     INLINE u64 numbers(int offset, int head) const { return block.row(offset, head) * block.size * C::bytes; }
@@ -107,13 +107,27 @@ template <class C> struct FloatParts {
     }
 };
 
+// Sealed floats that may begin at any byte, as the codes before them may have any number of bytes.
+template <class C> struct ScatteredParts : FloatParts<C> {
+    INLINE void store(u8 *data, int offset, int head, int e, u32 bits) const {
+        u8 *to = data + this->numbers(offset, head) + e * C::bytes;
+        for (int i = 0; i < C::bytes; i++) to[i] = (u8)(bits >> 8 * i);
+    }
+    INLINE float number(const u8 *data, int offset, int head, int e) const {
+        const u8 *from = data + this->numbers(offset, head) + e * C::bytes;
+        u32 bits = 0;
+        for (int i = 0; i < C::bytes; i++) bits |= (u32)from[i] << 8 * i;
+        return C::bytes == 2 ? half_to_float((u16)bits) : float_of_bits(bits);
+    }
+};
+
 template <bool> struct Choice {
     template <class A, class B> using Of = A;
 };
 template <> struct Choice<false> {
     template <class A, class B> using Of = B;
 };
-template <class F, class P> using PartsOf = typename Choice<F::integers>::template Of<P, FloatParts<F>>;
+template <class F, class P> using PartsOf = typename Choice<F::integers>::template Of<P, ScatteredParts<F>>;
 
 // Scales of a chunk's channels, from eight steps and eight centres.
 template <class F> struct ChannelScales {

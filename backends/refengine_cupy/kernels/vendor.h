@@ -37,15 +37,23 @@ INLINE int dot4(u32 a, u32 b, int sum) {
     for (int i = 0; i < 32; i += 8) sum += (int)(signed char)(a >> i) * (int)(signed char)(b >> i);
     return sum;
 }
+INLINE void wait_for_lanes() { __threadfence_block(), __builtin_amdgcn_wave_barrier(); } // of the same 32
 INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
 INLINE int shuffle(int x, int lane) { return __shfl(x, lane, LANES); }
 INLINE u32 pick_bytes(u32 a, u32 b, u32 places) { return __byte_perm(a, b, places); }
+INLINE int kept(int x) { return x; }
+INLINE u32 masked(u32 a, u32 mask, u32 others) { return (a & mask) | others; }
 typedef _Float16 Half2 __attribute__((ext_vector_type(2)));
 INLINE u32 subtract_halves(u32 a, u32 b) {
     return __builtin_bit_cast(u32, __builtin_bit_cast(Half2, a) - __builtin_bit_cast(Half2, b));
 }
 INLINE u32 multiply_halves(u32 a, u32 b) {
     return __builtin_bit_cast(u32, __builtin_bit_cast(Half2, a) * __builtin_bit_cast(Half2, b));
+}
+INLINE u32 multiply_add_halves(u32 a, u32 b, u32 c) {
+    const Half2 x = __builtin_bit_cast(Half2, a), y = __builtin_bit_cast(Half2, b), z = __builtin_bit_cast(Half2, c);
+    const Half2 sum = {(_Float16)__builtin_fmaf16(x.x, y.x, z.x), (_Float16)__builtin_fmaf16(x.y, y.y, z.y)};
+    return __builtin_bit_cast(u32, sum);
 }
 INLINE u32 halves_of(float first, float second) { return (u32)float_to_half(second) << 16 | float_to_half(first); }
 
@@ -68,6 +76,19 @@ INLINE void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b
             }
     }
 }
+
+// Four tiles of 8 x 8 float16 from shared memory, as multiply_tile_halves takes them: of 32 threads, each gives where a row
+// of eight begins, the first eight threads those of the first tile; it gets two neighbours of a row. Turned: of a column.
+template <bool TURNED> INLINE void load_any_tiles(u32 (&tiles)[4], const void *row) {
+    const int lane = (int)threadIdx.x % LANES, across = lane / 4, along = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        const u16 *first = (const u16 *)__shfl((u64)row, i * 8 + (TURNED ? along : across), LANES);
+        const u16 *second = (const u16 *)__shfl((u64)row, i * 8 + (TURNED ? along + 1 : across), LANES);
+        tiles[i] = (u32)second[TURNED ? across : along + 1] << 16 | first[TURNED ? across : along];
+    }
+}
+INLINE void load_tiles(u32 (&tiles)[4], const void *row) { load_any_tiles<false>(tiles, row); }
+INLINE void load_tiles_turned(u32 (&tiles)[4], const void *row) { load_any_tiles<true>(tiles, row); }
 INLINE void copy16(void *shared, const void *from) { *(uint4 *)shared = *(const uint4 *)from; }
 INLINE void copies_issued() {}
 template <int PENDING> INLINE void copies_done() {}
@@ -95,12 +116,26 @@ INLINE int threads_where(int condition) { return __syncthreads_count(condition);
 INLINE float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 INLINE u32 bits_of(float x) { return __float_as_uint(x); }
 INLINE int dot4(u32 a, u32 b, int sum) { return __dp4a((int)a, (int)b, sum); }
+INLINE void wait_for_lanes() { __syncwarp(); } // of the same 32
 INLINE u32 count_up(u32 *counter) { return atomicAdd(counter, 1u); }
 INLINE u32 pick_bytes(u32 a, u32 b, u32 places) { return __byte_perm(a, b, places); }
+// A number that the compiler keeps, instead of computing it again.
+INLINE int kept(int x) { asm volatile("" : "+r"(x)); return x; }
+// The bits of a under a mask, and others: in one instruction, which the compiler makes of two constants only if told.
+INLINE u32 masked(u32 a, u32 mask, u32 others) {
+    u32 z;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(z) : "r"(a), "r"(mask), "r"(others));
+    return z;
+}
 
 // Two float16 at a time, the first in the lower half; subnormal ones are numbers like any other.
 INLINE u32 subtract_halves(u32 a, u32 b) { u32 z; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(a), "r"(b)); return z; }
 INLINE u32 multiply_halves(u32 a, u32 b) { u32 z; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(a), "r"(b)); return z; }
+INLINE u32 multiply_add_halves(u32 a, u32 b, u32 c) {
+    u32 z;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(a), "r"(b), "r"(c));
+    return z;
+}
 INLINE u32 halves_of(float first, float second) {
     u32 z;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(second), "f"(first));
@@ -162,6 +197,19 @@ INLINE void multiply_tile_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four tiles of 8 x 8 float16 from shared memory, as that takes them: of 32 threads, each gives where a row of eight begins,
+// the first eight threads those of the first tile; it gets two neighbours of a row. Turned: of a column.
+INLINE void load_tiles(u32 (&tiles)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+INLINE void load_tiles_turned(u32 (&tiles)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
 }
 
 #endif
