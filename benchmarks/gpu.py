@@ -1,6 +1,6 @@
 """refengine on a GPU: Llama-2-7B's shape with random weights in Q4_0, beside Transformers in float16.
 
-    python benchmarks/gpu.py [--parts decode,prefill,batch,memory,profile,tokens,transformers]
+    python benchmarks/gpu.py [--parts decode,prefill,batch,memory,profile,tokens,unordered,transformers]
                              [--policy mixed8 mixed16 float32] [--json FILE]
 
 Everything is measured through ``Engine.step``: scheduling, the copy of the results and sampling included.
@@ -8,7 +8,9 @@ Everything is measured through ``Engine.step``: scheduling, the copy of the resu
 Memory is the driver's: what it has given out, less what it had given out before the first context; the
 context itself, and the code of kernels, are stated apart. It is measured with float16 KV and with int8.
 *Tokens* are those of SmolLM2 and Gemma 3, continued greedily, beside the golden engine's: the NumPy backend
-under float32. Every part is a process of its own; all but Transformers are run under every policy.
+under float32. *Unordered* are cuBLAS's products of a layer's shapes in float16, beside ours: what it costs
+that a row's sums have one order. Every part is a process of its own; all but Transformers and those of cuBLAS
+are run under every policy.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,7 +34,8 @@ GENERATED = 128
 REQUESTS = 64
 MARKS = (2048, 8192)
 KV_DTYPES = ("float16", "int8")
-PARTS = ("decode", "prefill", "batch", "memory", "profile", "tokens", "transformers")
+PARTS = ("decode", "prefill", "batch", "memory", "profile", "tokens", "unordered", "transformers")
+WITHOUT_POLICY = ("unordered", "transformers")
 POLICIES = ("mixed8", "mixed16", "float32")
 GOLDEN_MODELS = ("smollm2", "gemma3-270m")
 GOLDEN_PROMPTS = (
@@ -78,9 +82,9 @@ def main() -> None:
 
 
 def jobs(parts: list[str], policies: list[str]) -> list[tuple[str | None, str]]:
-    """What is run, in order: parts under every policy, and last the peer, which has none."""
-    ours = [(policy, part) for policy in policies for part in parts if part != "transformers"]
-    return [*ours, *((None, part) for part in parts if part == "transformers")]
+    """What is run, in order: parts under every policy, and last those that have none."""
+    ours = [(policy, part) for policy in policies for part in parts if part not in WITHOUT_POLICY]
+    return [*ours, *((None, part) for part in parts if part in WITHOUT_POLICY)]
 
 
 class Measured:
@@ -263,13 +267,61 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
 
     measured = Measured(options, kv_tokens=8192)
     found = {}
-    for name, prompt in (("decode at 1", 1), ("decode at 2048", 2048), ("prefill 2048", 2048)):
+    steps = (("decode at 1", 1), ("decode at 2048", 2048), ("prefill 2048", 2048))
+    for name, prompt in steps:
         measured.submit(prompt, 4)
         if name.startswith("decode"):
             measured.engine.step()
         found[name] = by_kernel(measured.engine._executable, measured.engine.step)  # type: ignore[arg-type]
         measured.steps()
+    del measured
+    measured = Measured(options, max_sequences=REQUESTS, kv_tokens=256 * REQUESTS)
+    for seed in range(REQUESTS):
+        measured.submit(64, 8, seed)
+    while len(measured.engine.step()) < REQUESTS:
+        pass
+    found[f"decode of {REQUESTS} at 64"] = by_kernel(measured.engine._executable, measured.engine.step)  # type: ignore[arg-type]
     return found
+
+
+def unordered(options: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds of a layer's products by cuBLAS in float16, whose order of sums depends on the shape; and
+    of turning integers into float16 before, as a prefill with stored weights would have to.
+    """
+    import torch
+
+    shapes = {"q, k, v": (12288, 4096), "output": (4096, 4096), "gate, up": (22016, 4096)}
+    shapes["down"] = (4096, 11008)
+    found: dict[str, Any] = {}
+    for tokens in (1, REQUESTS, 2048):
+        found[str(tokens)] = {}
+        for name, (rows, columns) in shapes.items():
+            # Of each several, so that the second-level cache holds none.
+            weights = torch.randn(4, rows, columns, device="cuda", dtype=torch.float16)
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
+            calls = [partial(torch.matmul, x, weight.T) for weight in weights]
+            found[str(tokens)][name] = median_us(torch, calls)
+    integers = torch.zeros(4, 22016, 4096, device="cuda", dtype=torch.int8)
+    found["int8 to float16, gate and up"] = median_us(torch, [some.half for some in integers])
+    return found
+
+
+def median_us(torch: Any, calls: list[Any]) -> float:
+    """Median microseconds of a call, on the device, in a graph of all."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(), graph.replay(), end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
 
 
 def transformers(options: argparse.Namespace) -> dict[str, Any]:
@@ -337,6 +389,7 @@ WORKERS = {
     "memory": memory,
     "profile": profile,
     "tokens": tokens,
+    "unordered": unordered,
     "transformers": transformers,
 }
 
