@@ -32,7 +32,7 @@ from refengine.models import Model
 from refengine.ops import FloatArray
 from refengine.paged_cache import PagedCache
 from refengine.program import StepBatch
-from refengine.program.step_batch import IndexArray
+from refengine.program.step_batch import IndexArray, StepInputs
 from refengine.request import FinishReason, Output, Request
 from refengine.sampling import Sampled, check_finite, sample
 from refengine.sequence import Sequence
@@ -488,7 +488,7 @@ class Engine:
             logit_rows = _last(query_starts[1:], _int32(wanted))
         tables = tuple([self._memory.padded_tables(numbers, g) for g in range(len(self._pools))])
         size = self.plan.layout.block_size
-        batch = StepBatch(
+        batch: StepBatch = StepInputs(
             token_ids=_int32(tokens),
             positions=positions,
             query_starts=query_starts,

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from refengine.backend import Backend, Device, WeightPlan, select
+from refengine.backend import Backend, Device, WeightPlan, plan_activations, select
 from refengine.config import EngineConfig
 from refengine.errors import MemoryLimitError
 from refengine.memory import KVGroupLayout, KVLayout
 from refengine.models import Model, ModelSpec
-from refengine.program import MemoryPlan, Policy, Program, concrete, kv_formats, plan_memory, policy
+from refengine.program import MemoryPlan, Policy, Program, concrete, kv_formats, policy
 
 PROCESS_BYTES = 64 * 2**20
 """What a process with Python, NumPy and refengine in it takes beside the engine (bytes)."""
@@ -196,7 +196,7 @@ def _least(model: Model, backend: Backend, config: EngineConfig) -> EnginePlan:
         config,
         chosen,
         program,
-        plan_memory(program, chosen, sizes, lambda i, s: backend.workspace(i, s, chosen)),
+        plan_activations(backend, program, chosen, sizes, model.weights),
         backend.plan_weights(program, model.weights, chosen, 0),
         kv_layout(model.spec, config, chosen, positions),
         prod(concrete(program.output.shape, sizes)) * chosen.activations.itemsize,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.backend import KVStorage
+from refengine.backend import KVStorage, RunKVStorage
 from refengine.memory import FlightRecorder, KVCacheManager
 from refengine.memory.sanitizer import verify
 
@@ -37,6 +37,7 @@ class PagedCache:
     ) -> None:
         self.manager = manager
         self._storage, self._recorder, self._check = storage, recorder, check
+        self._by_runs = storage if isinstance(storage, RunKVStorage) else None
         self._kept: set[tuple[int, int]] = set()
         self._evictions = 0
         self._swapped: dict[Hashable, list[NDArray[np.uint8]]] = {}
@@ -49,14 +50,16 @@ class PagedCache:
         layout = self.manager.layout
         for pool, blocks in enumerate(layout.num_blocks):
             wanted = min(-(-positions // layout.block_size), blocks)
-            for segment in range(-(-wanted // layout.segment_blocks(pool))):
-                self._kept.add((pool, segment))
-                self._storage.commit(pool, segment)
+            segments = -(-wanted // layout.segment_blocks(pool))
+            kept = [(pool, segment) for segment in range(segments)]
+            self._kept.update(kept)
+            for _, run in self._runs(kept):
+                self._commit(pool, run)
 
     @property
     def swapped_bytes(self) -> int:
         """Bytes of blocks that are kept on the host."""
-        return sum(block.nbytes for blocks in self._swapped.values() for block in blocks)
+        return sum([block.nbytes for blocks in self._swapped.values() for block in blocks])
 
     def is_swapped(self, sequence: Hashable) -> bool:
         """Whether a sequence's blocks are kept on the host."""
@@ -94,10 +97,11 @@ class PagedCache:
         manager, storage = self.manager, self._storage
         self._record_evictions()
         self._note_segments()
-        for pool, segment in tuple(self._to_commit):
-            storage.commit(pool, segment)
-            del self._to_commit[pool, segment]
-            self._recorder.record("commit", pool=pool, segment=segment)
+        for pool, segments in self._runs(self._to_commit):
+            self._commit(pool, segments)
+            for segment in segments:
+                del self._to_commit[pool, segment]
+                self._recorder.record("commit", pool=pool, segment=segment)
         if self._check is not None:
             verify(manager, self._check())
             for pool, block in manager.take_freed():
@@ -109,10 +113,34 @@ class PagedCache:
             for pool, block, content in blocks:
                 storage.write(pool, block, content)
         self._arriving.clear()
-        for pool, segment in tuple(self._to_release):
-            storage.release(pool, segment)
-            del self._to_release[pool, segment]
-            self._recorder.record("release", pool=pool, segment=segment)
+        for pool, segments in self._runs(self._to_release):
+            self._release(pool, segments)
+            for segment in segments:
+                del self._to_release[pool, segment]
+                self._recorder.record("release", pool=pool, segment=segment)
+
+    def _runs(self, places: Iterable[tuple[int, int]]) -> list[tuple[int, range]]:
+        """Segments that a storage takes at once: those that follow each other, or each by itself."""
+        runs: list[tuple[int, range]] = []
+        for pool, segment in sorted(places) if self._by_runs is not None else places:
+            last = runs[-1] if runs and self._by_runs is not None else None
+            if last is not None and last[0] == pool and last[1].stop == segment:
+                runs[-1] = pool, range(last[1].start, segment + 1)
+            else:
+                runs.append((pool, range(segment, segment + 1)))
+        return runs
+
+    def _commit(self, pool: int, segments: range) -> None:
+        if self._by_runs is not None:
+            self._by_runs.commit_run(pool, segments)
+        else:
+            self._storage.commit(pool, segments.start)
+
+    def _release(self, pool: int, segments: range) -> None:
+        if self._by_runs is not None:
+            self._by_runs.release_run(pool, segments)
+        else:
+            self._storage.release(pool, segments.start)
 
     def _note_segments(self) -> None:
         """Segments to commit and to release: those that changed, and those left over from a failure."""

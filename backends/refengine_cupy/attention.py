@@ -32,6 +32,12 @@ HALVES_COMPANY = 2
 QUERY_TILE = 64
 """Queries that attention treats at once, where a sequence has many."""
 
+GROUPS_TILE = 2 * QUERY_TILE
+"""The same, by warpgroups."""
+
+GROUPS = "attention_halves_groups"
+"""The module of tiles by warpgroups."""
+
 MOST_TILED_SIZE = 128
 """Elements of a head, in attention by tiles of queries."""
 
@@ -61,6 +67,22 @@ def halves_bytes(padded: int) -> tuple[int, int]:
     weights, queries = 2 * 8 * PARTITION * 2, 2 * QUERY_TILE * padded * 2
     few = 3 * one + weights + 2 * 4 * 8 * 4 + 4 * PARTITION * 8 + 2 * padded * 2
     return few, 2 * one + PARTITION * 8 + queries
+
+
+def groups_bytes(padded: int) -> int:
+    """Shared memory of the kernel of warpgroups, likewise: ``GroupMemory`` in
+    ``attention_halves_groups.cu``.
+    """
+    numbers = (4 * PARTITION + 2 * GROUPS_TILE) * padded * 2
+    barriers, others = 11 * 8, 10 * 4
+    return -(-(numbers + 2 * PARTITION * 16 + 2 * PARTITION * 8 + barriers + others) // 16) * 16
+
+
+def groups_tiles(shape: StepShape) -> int:
+    """Blocks of threads that have a head, by warpgroups: enough, where each sequence has an odd number of
+    tiles.
+    """
+    return (shape.query_tiles + shape.sequences) // 2
 
 
 def halves_blocks(partitions: int, others: int, multiprocessors: int) -> int:
@@ -133,7 +155,8 @@ def attention(binding: Binding, at: int, instruction: Instruction) -> Emit:
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         given = attending.arguments(shape, places)
         if tiled is not None and shape.query_tiles:
-            yield launch(tiled, (shape.query_tiles, attending.heads, 1), **given)
+            tiles = groups_tiles(shape) if tiled.module == GROUPS else shape.query_tiles
+            yield launch(tiled, (tiles, attending.heads, 1), **given)
             return
         grid = attending.halves_grid(shape) if halves else attending.grid(shape)
         yield launch(single(attending.split(shape)), grid, **given)
@@ -159,7 +182,9 @@ def halves_kernels(binding: Binding, size: int) -> Versions | None:
 
     name = "attention_halves_tiles"
     tiled = Kernel(name, f"{name}_{padded}", "Attention", 128, shared=tile)
-    return single, tiled if tile <= binding.shared_bytes else None
+    if binding.warpgroups:
+        tiled = Kernel(GROUPS, f"{GROUPS}_{padded}", "Attention", 384, shared=groups_bytes(padded))
+    return single, tiled if tiled.shared <= binding.shared_bytes else None
 
 
 def _scalars(binding: Binding, attending: Attending) -> Versions:

@@ -15,6 +15,7 @@ from refengine.program import policy as policy_named
 from refengine.quantizer import LazyTensor
 from refengine_cupy.attention import attention_workspace
 from refengine_cupy.executable import CupyExecutable
+from refengine_cupy.fusions import Fusions
 from refengine_cupy.half_products import rounded_workspace
 from refengine_cupy.kv import DeviceKVStorage
 from refengine_cupy.lowering import COMPUTED
@@ -57,6 +58,7 @@ class CupyBackend:
             runtime = CupyRuntime()
         self._runtime = runtime
         self._weights: list[DeviceWeights] = []
+        self._taken = MemoryUse()  # by these
         self._caches: list[DeviceKVStorage] = []
         self._arena_bytes = 0
 
@@ -88,9 +90,13 @@ class CupyBackend:
             case "attention" | "sealed_attention":
                 return attention_workspace(instruction, sizes)
             case "linear_a16":
-                return rounded_workspace(instruction, sizes)
+                return rounded_workspace(instruction, sizes, warpgroups=self._runtime.warpgroups)
             case _:
                 return 0
+
+    def fusions(self, program: Program, sizes: Mapping[str, int], encodings: Mapping[str, str]) -> Fusions:
+        """Products with norms before them, and with sums or what is gated after them."""
+        return Fusions(program, sizes, encodings, self._runtime)
 
     def plan_weights(
         self, program: Program, weights: Mapping[str, LazyTensor], policy: Policy, limit: int | None
@@ -103,8 +109,14 @@ class CupyBackend:
     ) -> DeviceWeights:
         """Repack and copy, tensor by tensor."""
         halves = policy.products == "a16"
-        self._weights.append(DeviceWeights(self._runtime, weights, plan, halves=halves))
-        return self._weights[-1]
+        uploaded, taken = DeviceWeights(self._runtime, weights, plan, halves=halves), self._taken
+        self._weights.append(uploaded)
+        self._taken = MemoryUse(
+            weights=taken.weights + uploaded.held,
+            mapped=taken.mapped + uploaded.passage,
+            host=taken.host + uploaded.host,
+        )
+        return uploaded
 
     def create_cache(self, layout: KVLayout) -> DeviceKVStorage:
         """Addresses for all pools, and memory for none of their blocks."""
@@ -143,9 +155,9 @@ class CupyBackend:
     def memory(self) -> MemoryUse:
         """Bytes of weights, of the KV cache's committed segments and of the arenas; and of pinned weights."""
         return MemoryUse(
-            weights=sum(w.held for w in self._weights),
-            mapped=sum(w.passage for w in self._weights),
-            host=sum(w.host for w in self._weights),
-            kv_cache=sum(cache.nbytes for cache in self._caches),
+            weights=self._taken.weights,
+            mapped=self._taken.mapped,
+            host=self._taken.host,
+            kv_cache=sum([cache.nbytes for cache in self._caches]),
             arena=self._arena_bytes,
         )

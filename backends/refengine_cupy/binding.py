@@ -72,6 +72,11 @@ class Binding:
         place = self.plan.placements[value.index]
         return places.arena + place.offset + places.moved.get(place, 0)
 
+    def has_place(self, value: Value) -> bool:
+        """Whether a value is anywhere: what is fused away may have no place."""
+        root = self.root(value)
+        return root.kind != "result" or root is self.program.output or root.index in self.plan.placements
+
     def codes(self, value: Value, shape: StepShape, places: Places) -> tuple[int, int]:
         """Addresses of codes and scalars."""
         address = self.address(value, places)

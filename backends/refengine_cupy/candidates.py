@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from refengine.candidates import MOST_CANDIDATES, Candidates
 from refengine_cupy.launches import launch
-from refengine_cupy.runtime import Launch, Memory, Runtime
+from refengine_cupy.runtime import Copy, Memory, Pinned, Runtime, Work
 from refengine_cupy.source import Kernel
 
 CHUNK = 4096
@@ -51,11 +51,13 @@ class CandidateSearch:
         self._keys: Memory = runtime.allocate(
             max(1, 8 * rows * self._most * self._chunks), "candidates of chunks"
         )
-        self._found: Memory = runtime.allocate(max(1, self._offsets(rows)["end"]), "candidates")
-        self._staging = runtime.staging(self._found.nbytes)
+        self._layouts: dict[int, np.dtype[np.void]] = {}
+        nbytes = max(1, self._layout(rows).itemsize)
+        self._found: Memory = runtime.allocate(nbytes, "candidates")
+        self._copied: Pinned = runtime.pinned(nbytes, "candidates")
 
-    def launches(self, rows: int, logits: int, temperatures: int) -> list[Launch]:
-        """What finds the candidates of a step.
+    def work(self, rows: int, logits: int, temperatures: int) -> list[Work]:
+        """What finds the candidates of a step, and copies them to the host.
 
         Args:
             rows: of logits.
@@ -64,9 +66,9 @@ class CandidateSearch:
         """
         if not rows:
             return []
-        start, offsets = self._found.address, self._offsets(rows)
-        places = {name: start + offsets[name] for name in ("sums", "best", "tokens", "finite")}
-        return [
+        start, layout = self._found.address, self._layout(rows)
+        places = {name: start + field[1] for name, field in (layout.fields or {}).items()}
+        work: list[Work] = [
             launch(
                 Kernel("candidates", f"candidates_of_{part}", "FindCandidates", THREADS),
                 (blocks, rows, 1),
@@ -81,37 +83,35 @@ class CandidateSearch:
             )
             for part, blocks in (("chunks", self._chunks), ("rows", self._chunks + 1))
         ]
+        return [*work, Copy(start, self._copied.address, layout.itemsize)]
 
     def read(self, rows: int, row: Callable[[int], NDArray[Any]]) -> Candidates:
-        """What was found, in one copy from the device.
+        """What was found and copied; waits for it.
 
         Args:
             rows: of logits in the step.
             row: fetches one.
         """
-        offsets = self._offsets(rows)
-        staged = self._staging[: offsets["end"]]
-        self._runtime.download(self._found.address, staged)
-        own = staged.copy()
-
-        def array(name: str, dtype: type[np.generic], columns: int) -> NDArray[Any]:
-            at = offsets[name]
-            nbytes = rows * columns * np.dtype(dtype).itemsize
-            return own[at : at + nbytes].view(dtype).reshape(rows, columns)
-
+        layout = self._layout(rows)
+        self._runtime.synchronise()
+        found = np.ndarray((), layout, self._copied.data[: layout.itemsize].copy())
         return Candidates(
-            logits=array("best", np.float32, self._most),
-            tokens=array("tokens", np.int32, self._most),
-            sums=array("sums", np.float64, self._chunks).sum(axis=1),
-            finite=np.all(array("finite", np.int32, self._chunks), axis=1),
+            logits=found["best"],
+            tokens=found["tokens"],
+            sums=found["sums"].sum(axis=1),
+            finite=np.logical_and.reduce(found["finite"], axis=1),
             vocabulary_size=self._size,
             row=row,
         )
 
-    def _offsets(self, rows: int) -> dict[str, int]:
-        """Where results for so many rows begin, one after the other, and where they end."""
-        sizes = {"sums": 8 * self._chunks, "best": 4 * self._most, "tokens": 4 * self._most}
-        offsets, end = {}, 0
-        for name, nbytes in {**sizes, "finite": 4 * self._chunks}.items():
-            offsets[name], end = end, end + rows * nbytes
-        return {**offsets, "end": end}
+    def _layout(self, rows: int) -> np.dtype[np.void]:
+        """How results for so many rows lie, one array after the other."""
+        if rows not in self._layouts:
+            arrays = (
+                ("sums", np.float64, self._chunks),
+                ("best", np.float32, self._most),
+                ("tokens", np.int32, self._most),
+                ("finite", np.int32, self._chunks),
+            )
+            self._layouts[rows] = np.dtype([(name, kind, (rows, each)) for name, kind, each in arrays])
+        return self._layouts[rows]

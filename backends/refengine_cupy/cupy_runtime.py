@@ -10,7 +10,7 @@ import gc
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from cupy.cuda import runtime as cuda
 from cupy_backends.cuda.libs import nvrtc
 from numpy.typing import NDArray
 
-from refengine.errors import BackendFailedError, MemoryLimitError, MemoryManagerError
+from refengine.errors import BackendFailedError, MemoryLimitError
 from refengine_cupy.driver import Driver
 from refengine_cupy.info import INFO
-from refengine_cupy.runtime import Await, Fetch, Launch, Work
+from refengine_cupy.mapped_addresses import MappedAddresses
+from refengine_cupy.runtime import Await, Copy, Fetch, Launch, Work
 from refengine_cupy.source import Kernel, text_of
 
 FLAGS = ("--std=c++17", "--fmad=false")
@@ -121,7 +122,7 @@ class CupyRuntime:
     def reserve(self, nbytes: int) -> MappedAddresses:
         """Addresses, of which pieces get memory."""
         self._use()
-        return MappedAddresses(self._driver, nbytes, self.name)
+        return MappedAddresses(self._driver, nbytes, self.name, cuda.deviceSynchronize)
 
     def staging(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory."""
@@ -175,10 +176,10 @@ class CupyRuntime:
         self._function(kernel)
 
     def launch(self, launches: Sequence[Work]) -> None:
-        """Queue kernels in one stream, copies in another; events say what waits for what.
+        """Queue kernels and copies in one stream, fetches in another; events say what waits for what.
 
-        A kernel that waits for a copy does not begin before the kernel ahead of it has ended: kernels read
-        weights before they wait for that.
+        A kernel behind a copy, or one that waits for a fetch, does not begin before what is ahead of it has
+        ended: kernels read weights before they wait for that.
         """
         self._use()
         fetched, launched_since, waits = 0, True, False
@@ -193,6 +194,9 @@ class CupyRuntime:
             elif isinstance(work, Await):
                 cuda.streamWaitEvent(self.stream, self._fetched[work.fetches - 1])
                 waits = True
+            elif isinstance(work, Copy):
+                cuda.memcpyAsync(work.destination, work.source, work.nbytes, cuda.memcpyDefault, self.stream)
+                launched_since = waits = True
             else:
                 kernel = work.kernel
                 self._driver.launch(
@@ -275,52 +279,6 @@ class Graph:
         with contextlib.suppress(Exception):
             cuda.graphExecDestroy(self._executable)
             cuda.graphDestroy(self._graph)
-
-
-class MappedAddresses:
-    """Addresses of the device, of which pieces get memory."""
-
-    def __init__(self, driver: Driver, nbytes: int, device: str) -> None:
-        self._driver, self._device = driver, device
-        self.piece = driver.granularity()
-        self._nbytes = -(-nbytes // self.piece) * self.piece
-        self.address = driver.reserve(self._nbytes)
-        self._handles: dict[int, int] = {}
-
-    def back(self, pieces: range) -> None:
-        """Put memory behind pieces; what takes longest, to let the device at it, is done for all at once."""
-        if not pieces:
-            return
-        try:
-            for piece in pieces:
-                self._handles[piece] = self._driver.map(self._place(piece), self.piece)
-            self._driver.allow(self._place(pieces[0]), len(pieces) * self.piece)
-        except MemoryError as cause:
-            self._unmap(piece for piece in pieces if piece in self._handles)
-            wanted = f"{len(pieces) * self.piece / 1e6:,.1f} MB of KV cache"
-            raise MemoryManagerError(
-                f"{self._device} has no memory left for {wanted}: submit fewer or shorter requests at once, "
-                "or start with fewer --kv-tokens"
-            ) from cause
-
-    def unback(self, pieces: range) -> None:
-        """Give it back, once nothing that is queued can use it."""
-        if pieces:
-            cuda.deviceSynchronize()
-            self._unmap(pieces)
-
-    def _place(self, piece: int) -> int:
-        return self.address + piece * self.piece
-
-    def _unmap(self, pieces: Iterable[int]) -> None:
-        for piece in pieces:
-            self._driver.unmap(self._place(piece), self.piece, self._handles.pop(piece))
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            cuda.deviceSynchronize()
-            self._unmap(tuple(self._handles))
-            self._driver.free_addresses(self.address, self._nbytes)
 
 
 def _compiled(module: str, encoding: str | None) -> Any:

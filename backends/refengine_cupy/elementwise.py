@@ -17,7 +17,7 @@ from refengine_cupy.step_shape import Places, StepShape
 
 NORMS = {
     Kernel("elementwise", "norm_512", "Norm", 32): 512,
-    Kernel("elementwise", "norm_8192", "Norm", 1024): 8192,
+    Kernel("elementwise", "norm_8192", "Norm", 256): 8192,
     Kernel("elementwise", "norm_32768", "Norm", 1024): 32768,
     Kernel("elementwise", "norm_any", "Norm", 32): inf,
 }
@@ -28,6 +28,9 @@ NORMS_OF_HALVES = {
     Kernel("elementwise", "norm_halves_32768", "Norm", 1024): 32768,
 }
 """Likewise, of those that give rows of float16."""
+
+TOKEN_NORM = range(512 + GROUP, 8192 + GROUP, GROUP)
+"""Columns of the norm whose bits products of one token give themselves: of ``norm_8192``."""
 
 MOST_CODED = 32768
 """Columns up to which a norm can give codes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,8 +21,8 @@ from refengine_cupy.binding import Binding
 from refengine_cupy.candidates import MOST_LOGITS, CandidateSearch
 from refengine_cupy.kv import DeviceKVStorage
 from refengine_cupy.lowering import Lowering
-from refengine_cupy.runtime import Memory, Runtime, Work
-from refengine_cupy.step_arrays import offsets_of, shape_of, write_arrays
+from refengine_cupy.runtime import Copy, Memory, Pinned, Runtime, Work
+from refengine_cupy.step_arrays import StepArrays, offsets_of, shape_of
 from refengine_cupy.step_shape import Places, StepShape
 from refengine_cupy.weights import DeviceWeights
 
@@ -31,6 +31,9 @@ GRAPH_TOKENS = 256
 
 MOST_GRAPHS = 64
 """Graphs that are kept; the one that was not used for longest goes."""
+
+INPUT_BYTES = 2**16
+"""For a step's arrays, to begin with."""
 
 STAGING_BYTES = 2**22
 """Results up to this size come back through memory that copies are fast with."""
@@ -75,8 +78,7 @@ class CupyExecutable:
         self._counters: Memory = runtime.allocate(4 * MOST_PARTIALS * heads, "counters")
         runtime.fill(self._counters.address, 0, 4 * MOST_PARTIALS * heads)
         self._frequencies = self._upload_frequencies()
-        self._inputs: Memory | None = None
-        self._input_staging: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._take_inputs(INPUT_BYTES)
         self._steps: OrderedDict[tuple[StepShape, bool], _Step] = OrderedDict()
         self._ran = 0
         self._search: CandidateSearch | None = None
@@ -97,7 +99,7 @@ class CupyExecutable:
                 f"there are {len(temperatures)} temperatures for {len(batch.logit_rows)} rows of logits"
             )
         shape = self._compute(batch, temperatures)
-        return self._search.read(shape.rows, partial(self._row, self._ran, shape))
+        return self._search.read(shape.rows, partial(self._row, self._ran, shape.rows))
 
     def _compute(self, batch: StepBatch, temperatures: NDArray[np.float64] | None = None) -> StepShape:
         """Queue a step, and what finds its candidates where there are temperatures."""
@@ -109,44 +111,48 @@ class CupyExecutable:
         )
         shape = shape_of(batch, self._layout)
         self._ran += 1
-        self._send(batch, shape, temperatures)
-        self._step(shape, candidates=temperatures is not None)()
+        step = self._step(shape, candidates=temperatures is not None)
+        step.arrays.write(batch, temperatures)
+        step.run()
         return shape
 
-    def _send(self, batch: StepBatch, shape: StepShape, temperatures: NDArray[np.float64] | None) -> None:
-        offsets, nbytes = offsets_of(shape, len(self._layout.groups))
-        if self._inputs is None or self._inputs.nbytes < nbytes:
-            self._steps.clear()  # they hold addresses
-            self._inputs = self._runtime.allocate(2 * nbytes, "a step's arrays")
-            self._input_staging = self._runtime.staging(2 * nbytes)
-        staged = self._input_staging[:nbytes]
-        write_arrays(batch, shape, offsets, staged)
-        if temperatures is not None:
-            at = offsets["temperatures"]
-            staged[at : at + 8 * shape.rows].view(np.float64)[...] = temperatures
-        self._runtime.upload(self._inputs.address, staged)
-
-    def _step(self, shape: StepShape, *, candidates: bool) -> Callable[[], None]:
-        step = self._steps.pop((shape, candidates), None)
-        if step is None:
-            places = self._places(shape)
-            launches = self._lowering.launches(shape, places)
-            if candidates and self._search is not None:
-                launches += self._search.launches(shape.rows, places.output, places.inputs["temperatures"])
-            step = _Step(self._runtime, launches)
-        self._steps[shape, candidates] = step
+    def _step(self, shape: StepShape, *, candidates: bool) -> _Step:
+        """What was made for a shape, or is now."""
+        key = shape, candidates
+        if (step := self._steps.get(key)) is not None:
+            self._steps.move_to_end(key)
+            return step
+        self._steps[key] = step = self._made(shape, candidates=candidates)
         if len(self._steps) > MOST_GRAPHS:
             self._steps.popitem(last=False)
-        return step.run if shape.tokens <= GRAPH_TOKENS else step.launch
+        return step
 
-    def _places(self, shape: StepShape) -> Places:
-        offsets, _ = offsets_of(shape, len(self._layout.groups))
-        start = 0 if self._inputs is None else self._inputs.address
+    def _made(self, shape: StepShape, *, candidates: bool) -> _Step:
+        pools = len(self._layout.groups)
+        offsets, nbytes = offsets_of(shape, pools)
+        if self._inputs.nbytes < nbytes:
+            self._steps.clear()  # they hold addresses
+            self._take_inputs(2 * nbytes)
+        places = self._places(offsets)
+        work = [
+            Copy(self._input_staging.address, self._inputs.address, nbytes),
+            *self._lowering.launches(shape, places),
+        ]
+        if candidates and self._search is not None:
+            work += self._search.work(shape.rows, places.output, places.inputs["temperatures"])
+        arrays = StepArrays(shape, pools, self._input_staging.data)
+        return _Step(self._runtime, arrays, work, recorded=shape.tokens <= GRAPH_TOKENS)
+
+    def _take_inputs(self, nbytes: int) -> None:
+        self._inputs: Memory = self._runtime.allocate(nbytes, "a step's arrays")
+        self._input_staging: Pinned = self._runtime.pinned(nbytes, "a step's arrays")
+
+    def _places(self, offsets: Mapping[str, int]) -> Places:
         return Places(
             arena=self._arena.address,
             output=self._own.address,
             counters=self._counters.address,
-            inputs={name: start + offset for name, offset in offsets.items()},
+            inputs={name: self._inputs.address + offset for name, offset in offsets.items()},
             frequencies={at: memory.address for at, memory in self._frequencies.items()},
         )
 
@@ -164,12 +170,12 @@ class CupyExecutable:
             self._runtime.download(address, result)
         return result
 
-    def _row(self, ran: int, shape: StepShape, row: int) -> FloatArray:
+    def _row(self, ran: int, rows: int, row: int) -> FloatArray:
         """A row of the logits of the last step, which must be the one that is meant."""
         if ran != self._ran:
             raise RequestError("the logits of an earlier step are gone: ask for a row before the next step")
-        if not 0 <= row < shape.rows:
-            raise RequestError(f"the step has {shape.rows} rows of logits, and none is row {row}")
+        if not 0 <= row < rows:
+            raise RequestError(f"the step has {rows} rows of logits, and none is row {row}")
         columns = int(self._program.output.shape[1])
         return self._copied(self._own.address + row * columns * self._dtype.itemsize, (columns,))
 
@@ -183,23 +189,27 @@ class CupyExecutable:
 
 
 class _Step:
-    """The launches of one shape."""
+    """What steps of one shape take: the arrays to fill, then what is queued.
 
-    def __init__(self, runtime: Runtime, launches: list[Work]) -> None:
-        self._runtime, self._launches = runtime, launches
+    Args:
+        runtime: the device.
+        arrays: what the work begins with copying.
+        work: what is queued.
+        recorded: whether it is run as a graph from the second time on.
+    """
+
+    def __init__(self, runtime: Runtime, arrays: StepArrays, work: list[Work], *, recorded: bool) -> None:
+        self.arrays = arrays
+        self._runtime, self._work, self._recorded = runtime, work, recorded
         self._graph: Callable[[], None] | None = None
-        self._runs = 0
-
-    def launch(self) -> None:
-        """One kernel after the other."""
-        self._runtime.launch(self._launches)
+        self._ran = False
 
     def run(self) -> None:
-        """As a graph from the second time on."""
-        self._runs += 1
-        if self._graph is None and self._runs > 1:
-            self._graph = self._runtime.record(self._launches)
+        """Queue it."""
+        if self._graph is None and self._recorded and self._ran:
+            self._graph = self._runtime.record(self._work)
+        self._ran = True
         if self._graph is None:
-            self.launch()
+            self._runtime.launch(self._work)
         else:
             self._graph()

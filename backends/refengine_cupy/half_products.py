@@ -10,8 +10,9 @@ from refengine.program import Instruction, Value, concrete
 from refengine_cupy.binding import Binding, operand
 from refengine_cupy.elementwise import MOST_CODED, norm
 from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
+from refengine_cupy.opened_products import opened_bytes, opened_products, opens
 from refengine_cupy.packing import LAYOUTS, Layout
-from refengine_cupy.products import matrices
+from refengine_cupy.products import Units, matrices
 from refengine_cupy.runtime import Launch
 from refengine_cupy.source import Kernel
 from refengine_cupy.step_shape import Places, StepShape
@@ -50,11 +51,17 @@ def row_bytes(columns: int) -> int:
     return -(-columns // STEP) * STEP * 2
 
 
-def rounded_workspace(instruction: Instruction, sizes: Mapping[str, int]) -> int:
-    """Bytes of a product's activations in float16, and of the power that each row is divided by; where a
-    step may have so many tokens, in whole panels.
-    """
+def rounded_workspace(instruction: Instruction, sizes: Mapping[str, int], *, warpgroups: bool) -> int:
+    """Bytes that a product by itself needs: see ``rounded_bytes``; and opened weights, of up to three."""
     tokens, columns = concrete(operand(instruction, 0).shape, sizes)
+    rows = 3 * int(operand(instruction, 1).shape[0])
+    return rounded_bytes(tokens, columns) + (opened_bytes(rows, columns, tokens) if warpgroups else 0)
+
+
+def rounded_bytes(tokens: int, columns: int) -> int:
+    """Bytes of a product's activations in float16, and of the power that each row is divided by; where a step
+    may have so many tokens, in whole panels.
+    """
     rows = -(-tokens // PANEL_ROWS) * PANEL_ROWS if tokens > MOST_WITHOUT_GROUPS else tokens
     return rows * row_bytes(columns) + tokens * 4
 
@@ -94,6 +101,21 @@ def group_bytes(layout: Layout, times: int) -> int:
     weights = WEIGHT_STAGES * stage_bytes(layout, rows // 16)
     barriers = -(-(X_STAGES[times] + WEIGHT_STAGES) // 2) * 16
     return X_STAGES[times] * PANEL_ROWS * STEP + rows * PANEL_ROWS * 4 + weights + barriers
+
+
+def has_tiles(layout: Layout | None, units: Units) -> bool:
+    """Whether there are kernels of ``linear_a16_tiles.cu`` for these weights."""
+    return layout is not None and many_bytes(layout) <= units.shared_bytes and units.matrix_units
+
+
+def gates_alone(encoding: str, tokens: int, units: Units) -> bool:
+    """Whether of two products that are gated nothing else is ever written, in steps of up to so many tokens:
+    tiles alone write both.
+    """
+    layout = LAYOUTS.get(encoding)
+    if layout is None or not has_tiles(layout, units) or tokens <= max(TILES):
+        return True
+    return units.warpgroups and group_bytes(layout, 2) <= units.shared_bytes
 
 
 class HalfProduct:
@@ -143,14 +165,19 @@ class HalfProduct:
         if tokens == 1 and self._has_one:
             yield self._one(places)
             return
-        grouped = self._group_times(tokens) if tokens > MOST_WITHOUT_GROUPS else 0
+        opened = self._binding.warpgroups and opens(tokens)
+        grouped = self._group_times(tokens) if tokens > MOST_WITHOUT_GROUPS and not opened else 0
         powers = places.arena + self._workspace.offset
-        powers += row_bytes(self._columns) * (-(-tokens // PANEL_ROWS) * PANEL_ROWS if grouped else tokens)
-        yield from self._rounded(shape, places, powers, panels=bool(grouped))
+        in_panels = -(-tokens // PANEL_ROWS) * PANEL_ROWS
+        powers += row_bytes(self._columns) * (in_panels if grouped or opened else tokens)
+        yield from self._rounded(shape, places, powers, panels=bool(grouped or opened))
+        if opened:
+            yield from self._by_panels(places, powers, tokens)
+            return
         given = self._given(places, powers, tokens)
         if grouped:
             yield self._by_warpgroups(given, places, tokens, grouped)
-        elif tokens > max(TILES) and self._has_tiles:
+        elif tokens > max(TILES) and has_tiles(self._layout, self._binding):
             yield from self._by_tiles(given, places, tokens)
         else:
             yield self._few(given, places, tokens)
@@ -163,11 +190,6 @@ class HalfProduct:
         fits = self._apart and (self._normed is None or self._columns <= ONE_COLUMNS)
         needed = one_bytes(self._layout, self._columns, gated=self._gated is not None)
         return fits and needed <= self._binding.shared_bytes
-
-    @property
-    def _has_tiles(self) -> bool:
-        fits = self._layout is not None and many_bytes(self._layout) <= self._binding.shared_bytes
-        return fits and self._binding.matrix_units
 
     def _group_times(self, tokens: int) -> int:
         """How many times 64 rows a warpgroup should have; 0 where there are none for these weights."""
@@ -207,7 +229,8 @@ class HalfProduct:
         found: dict[str, int | None] = {"residual": residual}
         for number in range(3):
             output = self._outputs[number] if number < len(self._outputs) else None
-            found[f"y_{number}"] = None if output is None else address(output, places)
+            written = output is not None and self._binding.has_place(output)
+            found[f"y_{number}"] = address(output, places) if output is not None and written else None
         return found
 
     def _given(self, places: Places, powers: int, tokens: int) -> dict[str, Any]:
@@ -254,6 +277,29 @@ class HalfProduct:
         kernel = Kernel("linear_a16_warpgroups", name, "Product", 256, self._encoding, shared)
         blocks = -(-self._rows[0] // 128) if self._gated is not None else self._blocks(128 * times)
         return launch(kernel, (-(-tokens // PANEL_ROWS), blocks, 1), **self._to_gated(given, places))
+
+    def _by_panels(self, places: Places, powers: int, tokens: int) -> Iterable[Launch]:
+        start = places.arena + self._workspace.offset
+        given = self._to_gated(self._results(places), places)
+        return opened_products(
+            matrices=self._matrices, encoding=self._encoding, rows=self._rows, tokens=tokens,
+            activation=self._activation, given=given | {"x": start, "powers": powers},
+            space=self._opened_space(places, powers + 4 * tokens),
+            multiprocessors=self._binding.multiprocessors,
+        )  # fmt: skip
+
+    def _opened_space(self, places: Places, start: int) -> range:
+        """Where opened weights may lie: behind what the workspace has already, or over what has been rounded,
+        if nobody reads that again.
+        """
+        behind = range(start, places.arena + self._workspace.offset + self._workspace.nbytes)
+        source = self._binding.root(self._source)
+        place = self._binding.plan.placements.get(source.index)
+        added = None if self._residual is None else self._binding.root(self._residual)
+        if place is None or added is source or place.last > self._workspace.last or not self._apart:
+            return behind
+        over = range(places.arena + place.offset, places.arena + place.offset + place.nbytes)
+        return max(behind, over, key=len)
 
     def _by_tiles(self, given: dict[str, Any], places: Places, tokens: int) -> Iterable[Launch]:
         kernel = Kernel(

@@ -74,11 +74,19 @@ class DeviceKVStorage:
 
     def commit(self, pool: int, segment: int) -> None:
         """Put memory behind a segment."""
-        self._pools[pool].commit(segment)
+        self._pools[pool].commit(range(segment, segment + 1))
 
     def release(self, pool: int, segment: int) -> None:
         """Give a segment's memory back, where no other shares it."""
-        self._pools[pool].release(segment)
+        self._pools[pool].release(range(segment, segment + 1))
+
+    def commit_run(self, pool: int, segments: range) -> None:
+        """Put memory behind segments at once: see the protocol."""
+        self._pools[pool].commit(segments)
+
+    def release_run(self, pool: int, segments: range) -> None:
+        """Give the memory of segments back at once: see the protocol."""
+        self._pools[pool].release(segments)
 
     def copy(self, pool: int, source: int, destination: int) -> None:
         """Copy a block."""
@@ -109,19 +117,33 @@ class _Pool:
     def address(self) -> int:
         return self._addresses.address
 
-    def commit(self, segment: int) -> None:
-        self.segments.commit(segment)
+    def commit(self, segments: range) -> None:
+        noted: list[int] = []
         try:
-            self._addresses.back(self._unused(segment))
+            for segment in segments:
+                self.segments.commit(segment)
+                noted.append(segment)
+            self._addresses.back(self._unused(segments))
         except Exception:
-            self.segments.release(segment)
+            for segment in noted:
+                self.segments.release(segment)
             raise
-        self._users.update(self._pieces(segment))
+        for segment in segments:
+            self._users.update(self._pieces(segment, segment + 1))
 
-    def release(self, segment: int) -> None:
-        self.segments.release(segment)
-        self._users.subtract(self._pieces(segment))
-        self._addresses.unback(self._unused(segment))
+    def release(self, segments: range) -> None:
+        noted: list[int] = []
+        try:
+            for segment in segments:
+                self.segments.release(segment)
+                noted.append(segment)
+        except Exception:
+            for segment in noted:
+                self.segments.commit(segment)
+            raise
+        for segment in segments:
+            self._users.subtract(self._pieces(segment, segment + 1))
+        self._addresses.unback(self._unused(segments))
 
     def copy(self, source: int, destination: int) -> None:
         self._runtime.copy(self._place(source), self._place(destination), self._block_bytes)
@@ -140,11 +162,13 @@ class _Pool:
     def _place(self, block: int) -> int:
         return self.address + block * self._block_bytes
 
-    def _unused(self, segment: int) -> range:
-        """Its pieces that no segment has: all but those at its ends, where others may meet it."""
-        unused = [piece for piece in self._pieces(segment) if not self._users[piece]]
+    def _unused(self, segments: range) -> range:
+        """Their pieces that no segment has: all but those at the ends, where others may meet them."""
+        pieces = self._pieces(segments.start, segments.stop)
+        unused = [piece for piece in pieces if not self._users[piece]]
         return range(unused[0], unused[-1] + 1) if unused else range(0)
 
-    def _pieces(self, segment: int) -> range:
-        start, end = segment * self._segment_bytes, (segment + 1) * self._segment_bytes
-        return range(start // self._addresses.piece, -(-end // self._addresses.piece))
+    def _pieces(self, first: int, end: int) -> range:
+        """The pieces in which segments from the first one to before the last lie."""
+        start, stop = first * self._segment_bytes, end * self._segment_bytes
+        return range(start // self._addresses.piece, -(-stop // self._addresses.piece))

@@ -2,29 +2,30 @@
 
 Instructions that follow each other are fused where one kernel does the work of several with the same bits:
 
-- ``rms_norm`` and the ``quantize_a8`` that alone reads it
+- ``rms_norm`` and the ``quantize_a8`` that alone reads it; of one token, with the ``linear_a8`` after it that
+  alone read that
 - ``linear_a8`` of the same codes, up to three (q, k and v; gate and up with ``gated`` and, of one token, the
   ``quantize_a8`` of that), and one with the ``add`` after it
 - ``linear_a16`` likewise, with the ``rms_norm`` before them, where they alone read it
 - ``rope`` of q and of k, and ``kv_write``; where each sequence of a step has one token, with ``attention``
 
 A kernel that stands for several instructions runs where the last of them stands, when what the first has read
-may have been given to another value: so none is fused whose result lies over what it reads.
+may have been given to another value: so none is fused whose result lies over what it reads. A plan that knows
+of fusions (``fusions.py``) lays nothing so, and has no places for what these do not write.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from refengine.ops.linear_a8 import GROUP
-from refengine.program import Instruction, Value
+from refengine.program import Instruction
 from refengine_cupy import attention, elementwise, half_products, products, sealed
 from refengine_cupy.binding import Binding, operand
 from refengine_cupy.launches import Emit
+from refengine_cupy.patterns import Patterns
 from refengine_cupy.runtime import Work
 from refengine_cupy.step_shape import Places, StepShape
 from refengine_cupy.streaming import Stretch, with_fetches
@@ -68,12 +69,12 @@ class Lowering:
 
     def __init__(self, binding: Binding) -> None:
         self._binding, self._program = binding, binding.program
-        read = [v.index for i in self._program for v in i.operands if v is not None]
-        self._uses = Counter([*read, self._program.output.index])
+        self._patterns = Patterns(binding.program, lambda instruction: binding.weight(instruction).encoding)
+        self._planned = {fusion.first for fusion in binding.plan.fusions}
         self._emits: list[tuple[Emit, tuple[Stretch, ...]]] = []
         self._turning: list[TurningAttention] = []
         at = 0
-        while (at := self._skip_views(at)) < len(self._program.instructions):
+        while (at := self._patterns.skip_views(at)) < len(self._program.instructions):
             emit, end = self._lower(at)
             instructions = self._program.instructions[at:end]
             passing = () if binding.passing is None else binding.passing.read_by(instructions)
@@ -99,152 +100,74 @@ class Lowering:
 
     def _lower(self, at: int) -> tuple[Emit, int]:
         """What computes the instruction at a position, and perhaps those after it; and where it goes on."""
-        products = (self._gated_products, self._products, self._half_products)
-        for fuse in (self._norm_and_codes, *products, self._rope_and_write):
+        products = (self._half_products, self._coded_products)
+        for fuse in (*products, self._norm_and_codes, self._rope_and_write):
             if (fused := fuse(at)) is not None:
                 return fused
         instruction = self._program.instructions[at]
         return EMITTERS[instruction.op.name](self._binding, at, instruction), at + 1
 
-    def _skip_views(self, at: int) -> int:
-        """The next position whose instruction computes something."""
-        instructions = self._program.instructions
-        while at < len(instructions) and instructions[at].op.sharing == "view":
-            at += 1
-        return at
-
-    def _named(self, at: int, name: str) -> Instruction | None:
-        if at >= len(self._program.instructions):
-            return None
-        instruction = self._program.instructions[at]
-        return instruction if instruction.op.name == name else None
-
-    def _only_use(self, value: Value) -> bool:
-        return self._uses[value.index] == 1
-
     def _norm_and_codes(self, at: int) -> tuple[Emit, int] | None:
-        norm = self._named(at, "rms_norm")
-        if norm is None or len(norm.result.shape) != 2 or not self._only_use(norm.result):
+        found = self._patterns.norm_and_codes(at)
+        if found is None or not self._binding.apart(found[1].result, operand(found[0], 0)):
             return None
-        quantize = self._named(at + 1, "quantize_a8")
-        if quantize is None or quantize.operands[0] is not norm.result:
-            return None
-        x, codes = operand(norm, 0), quantize.result
-        if int(norm.result.shape[1]) > elementwise.MOST_CODED:
-            return None
-        if codes is self._program.output or not self._binding.apart(codes, x):
-            return None
-        return elementwise.norm(self._binding, norm, codes=codes), at + 2
+        return elementwise.norm(self._binding, found[0], codes=found[1].result), at + 2
 
-    def _products(self, at: int) -> tuple[Emit, int] | None:
-        first = self._named(at, "linear_a8")
-        if first is None:
+    def _coded_products(self, at: int) -> tuple[Emit, int] | None:
+        found = self._patterns.normed_products(at) or self._patterns.coded_products(at)
+        if found is None:
             return None
-        positions, end = self._same_operand(at)
-        parts = [self._program.instructions[position] for position in positions]
-        if len(parts) == 1 and (add := self._named(end, "add")) is not None:
-            x = self._residual(add, first)
-            if x is not None and self._binding.apart(add.result, operand(first, 0)):
-                return products.product(self._binding, parts, results=[add.result], residual=x), end + 1
-        return products.product(self._binding, parts), end
-
-    def _residual(self, add: Instruction, product: Instruction) -> Value | None:
-        """What a sum adds to a product that it alone reads, where a result over it can be written at once."""
-        x, y = add.operands
-        if x is None or x is y or y is not product.result or not self._only_use(y):
+        codes, parts, apart = found.activations, found.parts, self._binding.apart
+        if found.norm is not None and not apart(codes, found.source):
             return None
-        exact = self._binding.same_place(add.result, x)
-        return x if exact or self._binding.apart(add.result, x) else None
-
-    def _same_operand(self, at: int) -> tuple[list[int], int]:
-        """Positions of up to three products that follow each other, of one activation and weights in one
-        encoding; and where it goes on.
-        """
-        first = self._program.instructions[at]
-        positions, end = [at], self._skip_views(at + 1)
-        while len(positions) < 3 and (other := self._named(end, first.op.name)) is not None:
-            alike = self._binding.weight(other).encoding == self._binding.weight(first).encoding
-            if other.operands[0] is not first.operands[0] or not alike:
-                break
-            positions.append(end)
-            end = self._skip_views(end + 1)
-        return positions, end
+        emit = partial(products.product, self._binding, parts, normed=found.norm)
+        if (gated := found.gated) is not None and apart(gated.result, codes):
+            coded, placed = found.coded, self._binding.has_place(parts[0].result)
+            workspace = None if placed else self._binding.plan.workspaces.get(at)
+            emit = partial(emit, gated=gated, workspace=workspace)
+            if coded is not None and apart(coded.result, codes, gated.result):
+                return emit(quantize=coded), found.end + 2
+            return emit(), found.end + 1
+        if (added := found.added) is not None and self._takes_sum(added) and apart(added.result, codes):
+            return emit(results=[added.result], residual=operand(added, 0)), found.end + 1
+        return emit(), found.end
 
     def _half_products(self, at: int) -> tuple[Emit, int] | None:
-        """The last product's workspace takes the activations: all results, and what they are made of, are
-        alive then, so that it lies apart from them.
+        """Where no places are planned for what is fused, the last product's workspace takes the activations:
+        all results, and what they are made of, are alive then, so that it lies apart from them.
         """
-        norm = self._named(at, "rms_norm")
-        start = at if norm is None else self._skip_views(at + 1)
-        first = self._named(start, "linear_a16")
-        if first is None:
+        found = self._patterns.half_products(at)
+        if found is None:
             return None
-        positions, end = self._same_operand(start)
-        parts = [self._program.instructions[position] for position in positions]
-        binding, workspace = self._binding, positions[-1]
-        if norm is not None:
-            fits = (
-                norm.result is first.operands[0]
-                and self._uses[norm.result.index] == len(parts)
-                and half_products.can_norm(int(norm.result.shape[1]))
-                and binding.clear(workspace, operand(norm, 0))
-            )
-            if not fits:
-                return None
-        if not binding.clear(workspace, *(part.result for part in parts)):
-            return None if norm is not None else (half_products.linear_a16(binding, at, first), at + 1)
+        binding, parts, norm = self._binding, found.parts, found.norm
+        workspace = at if at in self._planned else found.positions[-1]
+        if norm is not None and not binding.clear(workspace, found.source):
+            return None
+        if not binding.clear(workspace, *(p.result for p in parts)):
+            return None if norm is not None else (half_products.linear_a16(binding, at, parts[0]), at + 1)
         emit = partial(half_products.HalfProduct, binding, workspace, parts, normed=norm)
-        after = end if end < len(self._program.instructions) else None
-        follower = None if after is None else self._program.instructions[after]
-        if follower is None or not binding.clear(workspace, follower.result):
-            return emit(), end
-        gates = follower.operands == tuple(part.result for part in parts)
-        if follower.op.name == "gated" and gates and all(self._only_use(part.result) for part in parts):
-            return emit(gated=follower), end + 1
-        if follower.op.name == "add" and len(parts) == 1 and (x := self._residual(follower, first)):
-            return emit(results=[follower.result], residual=x), end + 1
-        return emit(), end
+        if found.follower is None or not binding.clear(workspace, found.follower.result):
+            return emit(), found.end
+        if found.gated is not None:
+            return emit(gated=found.gated), found.end + 1
+        if found.added is not None and self._takes_sum(found.added):
+            return emit(results=[found.added.result], residual=operand(found.added, 0)), found.end + 1
+        return emit(), found.end
 
-    def _gated_products(self, at: int) -> tuple[Emit, int] | None:
-        gate = self._named(at, "linear_a8")
-        up_at = self._skip_views(at + 1)
-        up = self._named(up_at, "linear_a8")
-        gated = self._named(up_at + 1, "gated")
-        if gate is None or up is None or gated is None:
-            return None
-        codes = operand(gate, 0)
-        fits = (
-            up.operands[0] is codes
-            and self._binding.weight(gate).encoding == self._binding.weight(up).encoding
-            and gated.operands == (gate.result, up.result)
-            and self._only_use(gate.result)
-            and self._only_use(up.result)
-            and self._binding.apart(gated.result, codes)
-        )
-        if not fits:
-            return None
-        quantize = self._named(up_at + 2, "quantize_a8")
-        if (
-            quantize is not None
-            and quantize.operands[0] is gated.result
-            and self._only_use(gated.result)
-            and int(gated.result.shape[1]) % GROUP == 0
-            and quantize.result is not self._program.output
-            and self._binding.apart(quantize.result, codes)
-            and self._binding.apart(quantize.result, gated.result)
-        ):
-            return products.product(self._binding, [gate, up], gated=gated, quantize=quantize), up_at + 3
-        return products.product(self._binding, [gate, up], gated=gated), up_at + 2
+    def _takes_sum(self, add: Instruction) -> bool:
+        """Whether a sum of something and a product can be written where the product is computed."""
+        x = operand(add, 0)
+        return self._binding.same_place(add.result, x) or self._binding.apart(add.result, x)
 
     def _rope_and_write(self, at: int) -> tuple[Emit, int] | None:
-        q, k = self._named(at, "rope"), self._named(at + 1, "rope")
-        write = self._named(at + 2, "kv_write")
+        named, uses = self._patterns.named, self._patterns.uses
+        q, k, write = named(at, "rope"), named(at + 1, "rope"), named(at + 2, "kv_write")
         if q is None or k is None or write is None:
             return None
         size = q.result.shape[2]
         fits = (
             write.operands[1] is k.result
-            and self._only_use(k.result)
+            and uses(k.result) == 1
             and q.operands[1] is k.operands[1]
             and q.attributes == k.attributes
             and int(size) % 2 == 0
@@ -257,13 +180,13 @@ class Lowering:
             return None
         if not self._binding.apart(q.result, operand(k, 0), v, table):
             return None
-        after = self._skip_views(at + 3)
-        reader = self._named(after, "attention")
+        after = self._patterns.skip_views(at + 3)
+        reader = named(after, "attention")
         if (
             reader is not None
             and reader.operands[0] is q.result
             and reader.operands[1] is write.result
-            and self._only_use(q.result)
+            and uses(q.result) == 1
         ):
             turning = TurningAttention(self._binding, after, q, k, write, reader)
             self._turning.append(turning)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from refengine.ops.linear_a8 import GROUP
-from refengine.program import Instruction, Value, concrete
+from refengine.program import Instruction, Placement, Value, concrete
 from refengine_cupy.binding import Binding, operand, plane_addresses
-from refengine_cupy.elementwise import quantize_a8
+from refengine_cupy.elementwise import TOKEN_NORM, norm, quantize_a8
 from refengine_cupy.launches import Emit, elementwise_kernel, launch, over
 from refengine_cupy.packing import LAYOUTS, PLAIN
 from refengine_cupy.runtime import Launch
@@ -52,6 +52,27 @@ TILE_SHAPES = {
 
 STAGE_GROUPS = 4
 """Groups in a stage."""
+
+SCALARS_BYTES = 16
+"""Of a group of codes: ``Scalars`` in ``codes.h``."""
+
+GATED_TOKENS = 1024
+"""Tokens whose products are gated before those of the next are computed, where there is room for no more."""
+
+
+class Units(Protocol):
+    """What a device has, or a binding to one; see ``Runtime``."""
+
+    matrix_units: bool
+    warpgroups: bool
+    shared_bytes: int
+
+
+def gated_bytes(rows: int, tokens: int, units: Units) -> int:
+    """Bytes for one of two products that are gated, in steps of up to so many tokens, where tiles write them.
+    The other goes where what is gated does.
+    """
+    return min(tokens, GATED_TOKENS) * rows * 4 if units.matrix_units and tokens > FEW_TOKENS else 0
 
 
 def stage_bytes(encoding: str, tiles: TileShape) -> int:
@@ -103,6 +124,8 @@ def product(
     residual: Value | None = None,
     gated: Instruction | None = None,
     quantize: Instruction | None = None,
+    workspace: Placement | None = None,
+    normed: Instruction | None = None,
 ) -> Emit:
     """Products of the same codes with up to three weights, and what is fused with them.
 
@@ -113,6 +136,8 @@ def product(
         residual: what is added to the one product.
         gated: reads two of them, and takes their place.
         quantize: reads ``gated``.
+        workspace: takes one of two products that are gated, where these have no places.
+        normed: what the codes are made of, which they alone read.
     """
     codes = operand(parts[0], 0)
     weights = [binding.weight(part) for part in parts]
@@ -122,9 +147,18 @@ def product(
     activation = f"_{gated.attributes['activation']}" if gated is not None else ""
     tiles = [-(-weight.shape[0] // 16) for weight in weights]
     grid = tiles[0] if gated is not None else sum(tiles)
+    held = columns // GROUP * 48
+    alone = STRETCH_BYTES + held <= binding.shared_bytes  # a token's codes in shared memory
+    row = None if normed is None else operand(normed, 0)
+    given = [*outputs, *(i.result for i in (gated, quantize) if i is not None)]
+    # Blocks of threads read all of the row, some of them when others write results already.
+    by_row = row is not None and columns in TOKEN_NORM and all(binding.apart(value, row) for value in given)
 
     def emit(shape: StepShape, places: Places) -> Iterable[Launch]:
         tokens = concrete(codes.shape, shape.sizes)[0]
+        from_row = tokens == 1 and alone and by_row
+        if normed is not None and not from_row:
+            yield from norm(binding, normed, codes=codes)(shape, places)
         code, scalars = binding.codes(codes, shape, places)
         values = fixed | {
             "x_codes": code,
@@ -136,22 +170,32 @@ def product(
         }
         for number in range(3):
             output = outputs[number] if number < len(outputs) else None
-            values[f"y_{number}"] = None if output is None else binding.address(output, places)
+            written = output is not None and binding.has_place(output)
+            values[f"y_{number}"] = (
+                binding.address(output, places) if output is not None and written else None
+            )
         if tokens > FEW_TOKENS and binding.matrix_units:
-            yield from _tiles(tokens, encoding, [weight.shape[0] for weight in weights], values)
-            if gated is not None:
-                count = tokens * weights[0].shape[0]
-                yield over(
-                    count, 256, elementwise_kernel(f"gated{activation}", "Binary"), x=values["y_0"],
-                    y=values["y_1"], z=binding.address(gated.result, places), count=count,
-                )  # fmt: skip
+            rows = [weight.shape[0] for weight in weights]
+            if gated is None:
+                yield from _tiles(tokens, encoding, rows, values)
+            else:
+                z = binding.address(gated.result, places)
+                if workspace is not None:
+                    values |= {"y_0": z, "y_1": places.arena + workspace.offset}
+                stretch = tokens if workspace is None else GATED_TOKENS
+                yield from _gated_tiles(tokens, stretch, encoding, rows, values, activation, z)
             if quantize is not None:
                 yield from quantize_a8(binding, 0, quantize)(shape, places)
             return
         if gated is not None:
             values["y_0"] = binding.address(gated.result, places)
-        held = columns // GROUP * 48
-        alone = STRETCH_BYTES + held <= binding.shared_bytes  # a token's codes in shared memory
+        x: dict[str, Any] = {"x": None, "norm": None, "epsilon": 0.0}
+        if normed is not None and row is not None and from_row:
+            x = {
+                "x": binding.address(row, places),
+                "norm": binding.weight(normed).address,
+                "epsilon": normed.attributes["eps"],
+            }
         pairs = quantize is not None and tokens == 1 and alone
         if quantize is not None and pairs:
             values["codes"], values["scalars"] = binding.codes(quantize.result, shape, places)
@@ -159,13 +203,36 @@ def product(
             some = min(FEW_TOKENS, tokens - first)
             by_one = some == 1 and alone
             version = f"product_{1 if by_one else FEW_TOKENS}{activation}_{encoding}"
-            kernel = Kernel("linear_a8", version, "Product", 288, encoding, held if by_one else 0)
+            kernel = Kernel("linear_a8", version, "RowProduct", 288, encoding, held if by_one else 0)
             blocks = min(grid // 2 if pairs else grid, 3 * binding.multiprocessors)
-            yield launch(kernel, (blocks, 1, 1), **(values | {"first_token": first, "tokens": some}))
+            yield launch(kernel, (blocks, 1, 1), **(values | x | {"first_token": first, "tokens": some}))
         if quantize is not None and not pairs:
             yield from quantize_a8(binding, 0, quantize)(shape, places)
 
     return emit
+
+
+def _gated_tiles(
+    tokens: int, stretch: int, encoding: str, rows: list[int], values: dict[str, Any], activation: str, z: int
+) -> Iterable[Launch]:
+    """Two products and what is gated of them, for so many tokens after the other: the second one's rows take
+    the same place every time.
+    """
+    groups = -(-values["columns"] // GROUP)
+    for first in range(0, tokens, stretch):
+        some = min(stretch, tokens - first)
+        x, count, done = values["y_0"] + first * rows[0] * 4, some * rows[0], first * groups
+        some_values = values | {
+            "x_codes": values["x_codes"] + done * GROUP,
+            "x_scalars": values["x_scalars"] + done * SCALARS_BYTES,
+            "tokens": some,
+            "y_0": x,
+        }
+        yield from _tiles(some, encoding, rows, some_values)
+        yield over(
+            count, 256, elementwise_kernel(f"gated{activation}", "Binary"), x=x, y=values["y_1"],
+            z=z + first * rows[0] * 4, count=count,
+        )  # fmt: skip
 
 
 def _tiles(tokens: int, encoding: str, rows: list[int], values: dict[str, Any]) -> Iterable[Launch]:

@@ -10,7 +10,7 @@ from cupy.cuda import runtime as cuda
 
 from refengine_cupy.cupy_runtime import CupyRuntime
 from refengine_cupy.executable import CupyExecutable
-from refengine_cupy.runtime import Await, Fetch, Launch, Work
+from refengine_cupy.runtime import Await, Copy, Fetch, Launch, Work
 
 
 def by_kernel(executable: CupyExecutable, step: Callable[[], Any]) -> dict[str, dict[str, float]]:
@@ -51,6 +51,8 @@ class _Timed:
         for launch in launches:
             if isinstance(launch, Fetch):
                 self._runtime.launch([launch, Await(1)])
+            if isinstance(launch, Copy):
+                self._runtime.launch([launch])
             if not isinstance(launch, Launch):
                 continue
             self._runtime.launch([launch])  # once to load it

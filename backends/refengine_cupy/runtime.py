@@ -28,6 +28,21 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A copy between pinned memory and the device, in line with launches: after those before it, and done
+    before those behind it begin.
+
+    Attributes:
+        source, destination: addresses, one of pinned memory, the other on the device.
+        nbytes: how many.
+    """
+
+    source: int
+    destination: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Fetch:
     """A copy to the device that goes on beside launches, and after the fetches before it.
 
@@ -51,8 +66,9 @@ class Await:
     fetches: int
 
 
-Work = Launch | Fetch | Await
-"""What is queued. A list ends when its launches have ended; each of its fetches is awaited in it."""
+Work = Launch | Copy | Fetch | Await
+"""What is queued. A list ends when its launches and copies have ended; each of its fetches is awaited in it.
+"""
 
 
 class Memory(Protocol):
@@ -182,11 +198,11 @@ class Runtime(Protocol):
         ...
 
     def launch(self, launches: Sequence[Work]) -> None:
-        """Queue kernels, one after the other, and the copies beside them."""
+        """Queue kernels and copies, one after the other, and the fetches beside them."""
         ...
 
     def record(self, launches: Sequence[Work]) -> Callable[[], None]:
-        """The same as one graph; calling it queues all of it."""
+        """The same as one graph; calling it queues all of it. Copies take what is in memory then."""
         ...
 
     def synchronise(self) -> None:

@@ -26,24 +26,27 @@ def shape_of(batch: StepBatch, layout: KVLayout) -> StepShape:
     Columns of block tables and partitions are rounded up to powers of two: so contexts that grow a little
         have the same launches.
     """
-    lengths = np.diff(batch.query_starts)
-    starts = batch.context_lens - lengths
-    partitions = 1
-    for pool in layout.groups:
-        seen = starts if pool.window is None else starts - pool.window + 1
-        first = np.maximum(seen if pool.window is not None else 0, 0) // PARTITION
-        partitions = max(partitions, int(((batch.context_lens - 1) // PARTITION - first).max()) + 1)
-    blocks = -(-int(batch.context_lens.max()) // layout.block_size)
+    longest = max(batch.context_lens.tolist())
+    sealed = [pool for pool in layout.groups if pool.sealed is not None]
     return StepShape(
         tokens=len(batch.token_ids),
         sequences=len(batch.context_lens),
         rows=len(batch.logit_rows),
-        blocks=_power_of_two(blocks),
-        partitions=_power_of_two(partitions),
+        blocks=_power_of_two(-(-longest // layout.block_size)),
+        partitions=_power_of_two(_partitions(batch, layout, longest)),
         query_tiles=len(query_tiles(batch)),
-        fills=any(pool.sealed for pool in layout.groups)
-        and bool(((batch.positions + 1) % layout.block_size == 0).any()),
+        fills=bool(sealed) and bool(((batch.positions + 1) % layout.block_size == 0).any()),
     )
+
+
+def _partitions(batch: StepBatch, layout: KVLayout, longest: int) -> int:
+    """Of the pool in which the queries of some sequence see most."""
+    windows = [pool.window for pool in layout.groups if pool.window is not None]
+    if len(windows) < len(layout.groups):
+        return (longest - 1) // PARTITION + 1
+    starts = batch.context_lens - np.diff(batch.query_starts)
+    first = np.maximum(starts - max(windows) + 1, 0) // PARTITION
+    return int(((batch.context_lens - 1) // PARTITION - first).max()) + 1
 
 
 def query_tiles(batch: StepBatch) -> NDArray[np.int32]:
@@ -77,32 +80,61 @@ def offsets_of(shape: StepShape, pools: int) -> tuple[Mapping[str, int], int]:
     return offsets, end
 
 
-def write_arrays(
-    batch: StepBatch, shape: StepShape, offsets: Mapping[str, int], out: NDArray[np.uint8]
-) -> None:
-    """Put a step's arrays into ``out``. Columns that no context needs are left out of the block tables."""
-    words = out.view(np.int32)
-    sequences = np.arange(shape.sequences, dtype=np.int32)
-    if shape.tokens > shape.sequences:
-        sequences = np.repeat(sequences, np.diff(batch.query_starts))
-    given = {
-        "token_ids": batch.token_ids,
-        "positions": batch.positions,
-        "sequences": sequences,
-        "query_starts": batch.query_starts,
-        "context_lens": batch.context_lens,
-        "logit_rows": batch.logit_rows,
-        **{f"slot_mapping.{pool}": slots for pool, slots in enumerate(batch.slot_mapping)},
-    }
-    if shape.query_tiles:
-        given["query_tiles"] = query_tiles(batch)
-    for name, values in given.items():
-        at = offsets[name] // 4
-        words[at : at + len(values)] = values
-    for pool, tables in enumerate(batch.block_tables):
-        columns, at = min(tables.shape[1], shape.blocks), offsets[f"block_tables.{pool}"] // 4
-        table = words[at : at + shape.sequences * shape.blocks].reshape(shape.sequences, shape.blocks)
-        table[:, :columns] = tables[:, :columns]
+class StepArrays:
+    """The arrays of steps of one shape, as views of the memory from which they are copied.
+
+    Args:
+        shape: of the steps.
+        pools: of the KV cache.
+        out: memory, as many bytes as ``offsets_of`` says.
+    """
+
+    def __init__(self, shape: StepShape, pools: int, out: NDArray[np.uint8]) -> None:
+        offsets, nbytes = offsets_of(shape, pools)
+        words = out[:nbytes].view(np.int32)
+
+        def view(name: str, count: int) -> NDArray[np.int32]:
+            return words[offsets[name] // 4 :][:count]
+
+        self._shape = shape
+        self._plain = [
+            (name, view(name, count))
+            for name, count in (
+                ("token_ids", shape.tokens),
+                ("positions", shape.tokens),
+                ("query_starts", shape.sequences + 1),
+                ("context_lens", shape.sequences),
+                ("logit_rows", shape.rows),
+            )
+        ]
+        self._sequences = view("sequences", shape.tokens)
+        self._numbers = np.arange(shape.sequences, dtype=np.int32)
+        self._query_tiles = view("query_tiles", shape.query_tiles)
+        self._temperatures = view("temperatures", 2 * shape.rows).view(np.float64)
+        self._slots = [view(f"slot_mapping.{pool}", shape.tokens) for pool in range(pools)]
+        self._tables = [
+            view(f"block_tables.{pool}", shape.sequences * shape.blocks).reshape(-1, shape.blocks)
+            for pool in range(pools)
+        ]
+
+    def write(self, batch: StepBatch, temperatures: NDArray[np.float64] | None = None) -> None:
+        """Put a step's arrays there. Columns that no context needs are left out of the block tables."""
+        for name, view in self._plain:
+            view[:] = getattr(batch, name)
+        self._sequences[:] = (
+            self._numbers
+            if len(self._sequences) == len(self._numbers)
+            else self._numbers.repeat(np.diff(batch.query_starts))
+        )
+        for view, slots in zip(self._slots, batch.slot_mapping, strict=True):
+            view[:] = slots
+        for view, tables in zip(self._tables, batch.block_tables, strict=True):
+            columns = min(tables.shape[1], self._shape.blocks)
+            view[:, :columns] = tables[:, :columns]
+        if self._shape.query_tiles:
+            self._query_tiles[:] = query_tiles(batch)
+        if temperatures is not None:
+            self._temperatures[:] = temperatures
 
 
 def _power_of_two(number: int) -> int:

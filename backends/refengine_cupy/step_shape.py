@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from refengine.program import Placement
 
 
-@dataclass(frozen=True)
-class StepShape:
+class StepShape(NamedTuple):
     """What launches depend on.
+
+    A tuple, because one is made in every step, to look for others like it.
 
     Attributes:
         tokens, sequences, rows: T, S and R.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refengine.backend import Backend, Executable, KVStorage, load
+from refengine.backend import Backend, Executable, KVStorage, load, plan_activations
 from refengine.candidate_sampling import sample_candidates
 from refengine.engine_journal import EngineJournal
 from refengine.loader.checkpoint import Checkpoint
@@ -223,7 +223,7 @@ class Subject:
         return backend.compile(
             program,
             self.policy,
-            self.plan(program, self.policy, sizes, lambda i, s: backend.workspace(i, s, self.policy)),
+            plan_activations(backend, program, self.policy, sizes, weights, self.plan),
             backend.upload(weights, self.policy),
             layout,
             cache,

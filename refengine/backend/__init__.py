@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from refengine.backend.activations import plan_activations
 from refengine.backend.info import BackendInfo
 from refengine.backend.protocol import (
     Backend,
     CandidateExecutable,
     Device,
     Executable,
+    FusingBackend,
     KVStorage,
     MemoryUse,
     PreparingBackend,
+    RunKVStorage,
 )
 from refengine.backend.registry import BackendStatus, load, registered
 from refengine.backend.selection import select
@@ -23,11 +26,14 @@ __all__ = [
     "CandidateExecutable",
     "Device",
     "Executable",
+    "FusingBackend",
     "KVStorage",
     "MemoryUse",
     "PreparingBackend",
+    "RunKVStorage",
     "WeightPlan",
     "load",
+    "plan_activations",
     "registered",
     "select",
 ]

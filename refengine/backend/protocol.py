@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from refengine.backend.weights import WeightPlan
 from refengine.candidates import Candidates
 from refengine.memory import KVLayout
 from refengine.ops import FloatArray
-from refengine.program import Instruction, MemoryPlan, Policy, Program, StepBatch
+from refengine.program import Fusion, Instruction, MemoryPlan, Policy, Program, StepBatch
 from refengine.quantizer import LazyTensor
 
 
@@ -101,6 +101,31 @@ class KVStorage(Protocol):
 
     def write(self, pool: int, block: int, content: NDArray[np.uint8]) -> None:
         """Let a block hold what ``read`` gave, of this or another block of the pool."""
+        ...
+
+
+@runtime_checkable
+class RunKVStorage(KVStorage, Protocol):
+    """A storage, besides, that takes and gives back the memory of segments that follow each other at once,
+    where that is faster than one by one. None need be one.
+
+    Clauses: KVC-14.
+    """
+
+    def commit_run(self, pool: int, segments: range) -> None:
+        """Take the memory of segments: of all or none.
+
+        Raises:
+            MemoryManagerError: there is none left, or one of them is committed already.
+        """
+        ...
+
+    def release_run(self, pool: int, segments: range) -> None:
+        """Give the memory of segments back: of all or none.
+
+        Raises:
+            MemoryManagerError: one of them is not committed.
+        """
         ...
 
 
@@ -255,5 +280,29 @@ class PreparingBackend(Backend, Protocol):
 
         Args:
             policy: a name in ``refengine.program.POLICIES``.
+        """
+        ...
+
+
+@runtime_checkable
+class FusingBackend(Backend, Protocol):
+    """A backend, besides, that computes several instructions as one, and tells so before places are planned.
+    None need be one: without ``fusions``, every result has a place, and operands live until they are read
+    last.
+    """
+
+    def fusions(
+        self, program: Program, sizes: Mapping[str, int], encodings: Mapping[str, str]
+    ) -> Iterable[Fusion]:
+        """Instructions that it computes as one, in steps of any size; none is in two of them.
+
+        It must also compute programs whose plan knows nothing of them.
+
+        Args:
+            program: what will be compiled.
+            sizes: the most there may be of T, S and R.
+            encodings: of weights, by role.
+
+        Clauses: PRG-16.
         """
         ...

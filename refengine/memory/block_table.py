@@ -189,10 +189,10 @@ def slots_of(
 
     Clauses: KVC-1, KVC-10.
     """
-    entries, offsets = np.divmod(positions, block_size)
-    if entries.max() < tables.shape[1]:
+    entries = positions // block_size
+    if entries[entries.argmax()] < tables.shape[1]:
         blocks = tables[rows, entries]
-        if blocks.min() > RELEASED:
-            slots: NDArray[np.int32] = blocks * block_size + offsets
+        if blocks[blocks.argmin()] > RELEASED:
+            slots: NDArray[np.int32] = (blocks - entries) * block_size + positions
             return slots
     raise BlockStateError("a position of the step has no block")

@@ -107,6 +107,8 @@ class BlockAllocator:
 
         Clauses: KVC-15.
         """
+        if not self._touched:  # as in most steps
+            return [], []
         changed = sorted(s for s in self._touched if (self._used_in[s] > 0) != (s in self._known))
         self._touched.clear()
         self._known.symmetric_difference_update(changed)

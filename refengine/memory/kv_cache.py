@@ -404,12 +404,12 @@ class KVCacheManager:
         held, none = self._sequences, self._empty
         rows = [(held[s].tables if s in held else none)[group].entries for s in sequences]
         width = max(map(len, rows))
-        padding = array("i", (RELEASED,)) * width
+        padding = array("i", (RELEASED,))
         parts = []
         for row in rows:
             parts.append(row)
             if len(row) < width:
-                parts.append(padding[len(row) :])
+                parts.append(padding * (width - len(row)))
         return np.frombuffer(bytearray().join(parts), np.int32).reshape(len(rows), width)
 
     def segments(self, group: int) -> tuple[int, ...]:

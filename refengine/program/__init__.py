@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from refengine.program.fusion import Fusion
 from refengine.program.ir import Instruction, Program, Value, concrete
 from refengine.program.plan import MemoryPlan, Placement, WorkspaceOf, golden_workspace, plan_memory
 from refengine.program.precision import POLICIES, Policy, kv_formats, policy
@@ -11,6 +12,7 @@ from refengine.program.tracer import SymbolicWeights, Tracer, input_arrays, symb
 
 __all__ = [
     "POLICIES",
+    "Fusion",
     "Instruction",
     "MemoryPlan",
     "Placement",

@@ -2,21 +2,23 @@
 
 A value lives from the instruction that gives it to the last one that reads it. Values whose lives
 overlap lie apart; others share memory, so that all layers reuse the space of one. Working memory of an
-instruction lies there too, and lives as long as that. Places are chosen greedily at the lowest free offset,
-in each of a few orders (Pisarchyk & Lee, 2020, arXiv:2001.03288), and the smallest arena is taken.
+instruction lies there too, and lives as long as that. Where a backend computes several instructions as one,
+what any of them reads lives until the last. Places are chosen greedily at the lowest free offset, in each of
+a few orders (Pisarchyk & Lee, 2020, arXiv:2001.03288), and the smallest arena is taken.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
 from refengine.ops.scratch import aligned
+from refengine.program.fusion import Fusion
 from refengine.program.ir import Instruction, Program, concrete
 from refengine.program.precision import Policy
 
@@ -42,8 +44,10 @@ class MemoryPlan:
         sizes: the largest size of each symbol that the plan holds for.
         dtype: of every value that has none of its own.
         placements: by the index of a value. A value that shares another's memory (a view, a result that
-            overwrites its operand) has that value's offset.
-        workspaces: by the position of an instruction: its working memory, where it needs any.
+            overwrites its operand) has that value's offset; one that is never written has none.
+        workspaces: by the position of an instruction: its working memory, where it needs any; that of
+            instructions that run as one by the first one's.
+        fusions: instructions that run as one.
         arena_bytes: size of the arena.
     """
 
@@ -52,6 +56,7 @@ class MemoryPlan:
     placements: Mapping[int, Placement]
     arena_bytes: int
     workspaces: Mapping[int, Placement] = field(default_factory=dict)
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def least_bytes(self) -> int:
@@ -75,7 +80,11 @@ class _Buffer:
 
 
 def plan_memory(
-    program: Program, policy: Policy, sizes: Mapping[str, int], workspace: WorkspaceOf | None = None
+    program: Program,
+    policy: Policy,
+    sizes: Mapping[str, int],
+    workspace: WorkspaceOf | None = None,
+    fusions: Sequence[Fusion] = (),
 ) -> MemoryPlan:
     """Plan the arena of a Program for at most these sizes of its symbols.
 
@@ -86,14 +95,21 @@ def plan_memory(
         policy: gives the dtype of values that have none of their own.
         sizes: the most there may be of T, S and R.
         workspace: tells the working memory of each instruction; ``None`` where none is to be planned.
+        fusions: instructions that run as one, no instruction in two of them; their own working memory is
+            told there.
 
-    Clauses: OPS-4, CNV-14, PRG-7, PRG-8, PRG-9, PRG-10, PRG-11, PRG-12, PRG-13, PRG-14.
+    Clauses: OPS-4, CNV-14, PRG-7, PRG-8, PRG-9, PRG-10, PRG-11, PRG-12, PRG-13, PRG-14, PRG-16.
     """
-    buffers = _buffers(program, policy.activations, sizes)
+    buffers = _buffers(program, policy.activations, sizes, fusions)
     working = {}
+    for fusion in fusions:
+        if fusion.workspace:
+            until = fusion.last if fusion.needed_until is None else fusion.needed_until
+            working[fusion.first] = _Buffer(aligned(fusion.workspace), fusion.first, until, [])
     if workspace is not None:
+        fused = {at for fusion in fusions for at in fusion.positions}
         for at, instruction in enumerate(program):
-            if nbytes := workspace(instruction, sizes):
+            if at not in fused and (nbytes := workspace(instruction, sizes)):
                 working[at] = _Buffer(aligned(nbytes), at, at, [])
     offsets, arena_bytes = _place([*buffers, *working.values()])
 
@@ -106,6 +122,7 @@ def plan_memory(
         {value: placement(buffer) for buffer in buffers for value in buffer.values},
         arena_bytes,
         {at: placement(buffer) for at, buffer in working.items()},
+        tuple(fusions),
     )
 
 
@@ -134,18 +151,38 @@ def last_uses(program: Program) -> dict[int, int]:
     return uses | {program.output.index: len(program)}
 
 
-def _buffers(program: Program, dtype: np.dtype[np.floating], sizes: Mapping[str, int]) -> list[_Buffer]:
+def _buffers(
+    program: Program, dtype: np.dtype[np.floating], sizes: Mapping[str, int], fusions: Sequence[Fusion]
+) -> list[_Buffer]:
     """One buffer per group of values that share memory, with the time it is needed."""
     uses = last_uses(program)
+    fusion_at = {at: fusion for fusion in fusions for at in fusion.positions}
+    unwritten = {index for fusion in fusions for index in fusion.unwritten}
     holder: dict[int, _Buffer] = {}
+
+    def ends(at: int) -> int:
+        return fusion_at[at].last if at in fusion_at else at
+
+    def read_by_others(buffer: _Buffer, at: int) -> bool:
+        """Whether instructions that run as one with that at a position read what it may overwrite."""
+        others = (program.instructions[other] for other in fusion_at[at].positions if other != at)
+        return any(v is not None and holder.get(v.index) is buffer for i in others for v in i.operands)
+
     for at, instruction in enumerate(program):
         result, sharing = instruction.result, instruction.op.sharing
-        if sharing == "state" or result is program.output:
+        if sharing == "state" or result is program.output or result.index in unwritten:
             continue
-        last = uses.get(result.index, at)
+        last = ends(uses.get(result.index, at))
         source = instruction.operands[0] if instruction.operands else None
         shared = holder.get(source.index) if source is not None else None
-        if shared is not None and (sharing == "view" or (sharing == "in_place" and shared.last <= at)):
+        if shared is not None and (
+            sharing == "view"
+            or (
+                sharing == "in_place"
+                and shared.last <= ends(at)
+                and not (at in fusion_at and read_by_others(shared, at))
+            )
+        ):
             shared.last = max(shared.last, last)
             shared.values.append(result.index)
             holder[result.index] = shared

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refengine.errors import RequestError, TokenIdError
-from refengine.memory import KVLayout
+from refengine.memory import KVGroupLayout, KVLayout
 
 A = TypeVar("A")
 IndexArray = NDArray[np.int32]
@@ -66,7 +66,7 @@ def check_step_batch(
     tokens, sequences = len(batch.token_ids), len(batch.context_lens)
     if tokens == 0 or sequences == 0:
         raise RequestError("a step needs at least one token and one sequence")
-    for symbol, size in {"T": tokens, "S": sequences, "R": len(batch.logit_rows)}.items():
+    for symbol, size in (("T", tokens), ("S", sequences), ("R", len(batch.logit_rows))):
         if size > sizes.get(symbol, size):
             raise RequestError(f"the step has {symbol} = {size}, and the plan is for {sizes[symbol]} at most")
     if not _within(batch.token_ids, vocabulary_size):
@@ -74,42 +74,58 @@ def check_step_batch(
             f"token ids lie between {batch.token_ids.min()} and {batch.token_ids.max()}, "
             f"but the vocabulary has {vocabulary_size} entries"
         )
-    starts = batch.query_starts
+    starts, stops = batch.query_starts, batch.context_lens
     lengths = starts[1:] - starts[:-1]
-    if starts.shape != (sequences + 1,) or starts[0] != 0 or starts[-1] != tokens or (lengths < 1).any():
+    cut = starts.shape == (sequences + 1,) and starts[0] == 0 and starts[-1] == tokens
+    if not (cut and min(few := lengths.tolist()) >= 1 and max(few) <= tokens):
         raise RequestError(
             f"query_starts {starts.tolist()} does not cut {tokens} tokens into {sequences} parts"
         )
-    if (batch.context_lens < lengths).any():
+    if np.count_nonzero(stops < lengths):
         raise RequestError("a sequence has more tokens in the step than positions in its context")
-    last: IndexArray = batch.context_lens - 1
+    firsts = last = stops - lengths
     if tokens > sequences:
-        last = np.repeat(batch.context_lens - starts[1:], lengths) + np.arange(tokens, dtype=np.int32)
-    if not np.array_equal(batch.positions, last):
+        last = np.repeat(firsts - starts[:-1], lengths) + np.arange(tokens, dtype=np.int32)
+    if batch.positions.shape != last.shape or np.count_nonzero(batch.positions != last):
         raise RequestError("positions are not the last ones of each context")
     if not _within(batch.logit_rows, tokens):
         raise RequestError(f"logit_rows {batch.logit_rows.tolist()} lie outside the step's {tokens} tokens")
-    pools, block_size = layout.groups, layout.block_size
+    pools, size = layout.groups, layout.block_size
     if not len(batch.slot_mapping) == len(batch.block_tables) == len(pools):
         raise RequestError(f"the KV cache has {len(pools)} pools, the step names another number")
-    first_positions = batch.context_lens - lengths
-    ends = -(-batch.context_lens // block_size)
+    columns = -(-max(stops.tolist()) // size)
     for slots, tables, pool in zip(batch.slot_mapping, batch.block_tables, pools, strict=True):
         blocks = pool.num_blocks
-        if slots.shape != (tokens,) or not _within(slots, blocks * block_size):
-            raise RequestError(f"slot_mapping leaves the pool of {blocks} blocks of {block_size}")
-        if tables.shape[0] != sequences or tables.shape[1] < ends.max():
+        if slots.shape != (tokens,) or not _within(slots, blocks * size):
+            raise RequestError(f"slot_mapping leaves the pool of {blocks} blocks of {size}")
+        if tables.shape[0] != sequences or tables.shape[1] < columns:
             raise RequestError(f"block_tables {list(tables.shape)} are too small for {sequences} sequences")
-        for table, first, end in zip(tables, first_positions, ends, strict=True):
-            seen = 0 if pool.window is None else max(0, int(first) - pool.window + 1) // block_size
-            if pool.recent:  # of what is seen, the first block and those of the step's own tokens
-                read = [*table[seen:1], *table[max(seen, int(first) // block_size) : end]]
-            else:
-                read = table[seen:end]
-            if not _within(np.asarray(read), blocks):
+        if not _within(tables, blocks):
+            rows, entries = (_unsigned(tables) >= blocks).nonzero()
+            if _are_read(entries, firsts[rows], stops[rows], pool, size).any():
                 raise RequestError(f"block_tables name a block outside the pool of {blocks}")
 
 
+def _are_read(
+    entries: NDArray[np.intp], firsts: IndexArray, stops: IndexArray, pool: KVGroupLayout, block_size: int
+) -> NDArray[np.bool_]:
+    """Of entries of block tables, whether queries at positions from ``firsts`` to ``stops`` - 1 read them."""
+    read: NDArray[np.bool_] = entries * block_size < stops
+    if pool.window is not None:
+        read &= entries >= (firsts - pool.window + 1) // block_size
+    if pool.recent:  # of what is seen, the first block and those of the step's own tokens
+        read &= (entries == 0) | (entries >= firsts // block_size)
+    return read
+
+
 def _within(values: NDArray[np.integer], end: int) -> bool:
-    """Whether all lie from 0 to ``end`` - 1: as unsigned integers, those below zero are the largest."""
-    return len(values) == 0 or bool(values.view(f"u{values.itemsize}").max() < end)
+    """Whether all lie from 0 to ``end`` - 1; where the largest is, NumPy tells sooner than how large."""
+    if not len(values):
+        return True
+    numbers = _unsigned(values)
+    return bool(numbers.item(numbers.argmax()) < end)
+
+
+def _unsigned(values: NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
+    """As unsigned integers, of which those below zero are the largest."""
+    return values.view(f"u{values.itemsize}")

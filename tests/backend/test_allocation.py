@@ -65,7 +65,7 @@ def test_a_plan_without_working_memory_lets_ops_allocate() -> None:
     model, chosen = wide_model(), policy("float32")
     prompts = Prompts(model, (tuple(n % 16 for n in range(200)),))
     bare = Subject(
-        lambda: load("numpy"), plan=lambda program, chosen, sizes, _: plan_memory(program, chosen, sizes)
+        lambda: load("numpy"), plan=lambda program, chosen, sizes, *_: plan_memory(program, chosen, sizes)
     )
     prompting = Prompting(bare, prompts)
     batch = prompts.batch(prompts.whole)

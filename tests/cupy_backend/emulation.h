@@ -332,16 +332,52 @@ static void load_tiles_turned(u32 (&tiles)[4], const void *row, int place = __bu
 // Products of warpgroups, see warpgroups.h: done at once, by the table of wgmma's fragments and that of its 128-byte
 // swizzle in the PTX manual.
 #define SHARED_KILOBYTES(name) SHARED_BYTES(name)
-// Bytes are there when they are copied: between a copy and its use all threads meet at a barrier of the block.
-INLINE void begin_barrier(u64 *) {}
-INLINE void expect_bytes(u64 *, u32) {}
+// A barrier of arrivals: how many a phase has, how many it lacks, and the phase's number. Bytes are there when they are
+// copied, before another thread goes on: so who says how many it will wait for has all it waits for.
+#define KERNEL_IN_CLUSTERS(name, Arguments, threads, blocks) KERNEL(name, Arguments, threads)
+#define MOST_TRIES 1000000
+struct Arrivals {
+    u16 all, lacking;
+    u32 phase;
+};
+INLINE void begin_barrier(u64 *barrier, int arrivals = 1) { *(Arrivals *)barrier = {(u16)arrivals, (u16)arrivals, 0}; }
+INLINE void arrive_in(u64 *barrier, u32) {
+    Arrivals &arrivals = *(Arrivals *)barrier;
+    if (--arrivals.lacking == 0) arrivals.lacking = arrivals.all, arrivals.phase++;
+}
+INLINE void arrive(u64 *barrier) { arrive_in(barrier, 0); }
+INLINE void show_to_units() {}
+INLINE void expect_bytes(u64 *barrier, u32) { arrive_in(barrier, 0); }
 INLINE void copy_bytes(void *shared, const void *from, u32 bytes, u64 *) {
     for (u32 i = 0; i < bytes; i += 16) copy16((u8 *)shared + i, (const u8 *)from + i);
 }
-INLINE void wait_for_bytes(u64 *, int) {}
+INLINE void copy_bytes_to_all(void *shared, const void *from, u32 bytes, u64 *barrier, int) { copy_bytes(shared, from, bytes, barrier); }
+static void wait_for_bytes(u64 *barrier, int parity, int place = __builtin_LINE()) {
+    for (int tries = 0; (int)(((Arrivals *)barrier)->phase & 1) == parity; tries++)
+        emulated::wait(tries < MOST_TRIES ? emulated::READY : emulated::AT_BLOCK, place);
+}
+static void wait_for_cluster(int place = __builtin_LINE()) { __syncthreads(place); }
+template <int COUNT> INLINE void give_registers() {}
+template <int COUNT> INLINE void take_registers() {}
 INLINE void begin_products() {}
 INLINE void products_issued() {}
-template <int PENDING> INLINE void products_done() {}
+template <int PENDING> static void products_done(int place = __builtin_LINE()) { group_barrier(place); }
+// A number of a panel.
+INLINE float panel_number(const u8 *panel, int row, int part, int k) {
+    const int byte = row * 128 + part * 32 + k * 2;
+    u16 half;
+    memcpy(&half, panel + (byte ^ (byte >> 7 & 7) << 4), sizeof half);
+    return half_to_float(half);
+}
+template <int N> static void multiply_panels(float (&c)[N], const u8 *a, const u8 *b, int part, bool adds) {
+    const int lane = emulated::current % 32, warp = emulated::current / 32 % 4;
+    for (int i = 0; i < N; i++) {
+        const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        double sum = adds ? c[i] : 0.0;
+        for (int k = 0; k < 16; k++) sum += (double)panel_number(a, row, part, k) * panel_number(b, column, part, k);
+        c[i] = (float)sum;
+    }
+}
 static void multiply_group_halves(float (&c)[64], const u32 (&a)[4], const u8 *b, int part, bool adds, int place = __builtin_LINE()) {
     const int self = emulated::current, lane = self % 32, group = self - lane;
     memcpy(emulated::exchange[self], a, sizeof a);
@@ -351,11 +387,33 @@ static void multiply_group_halves(float (&c)[64], const u32 (&a)[4], const u8 *b
         double sum = adds ? c[i] : 0.0;
         for (int k = 0; k < 16; k++) {
             u32 from_a[4];
-            u16 from_b;
             memcpy(from_a, emulated::exchange[group + row % 8 * 4 + k % 8 / 2], sizeof from_a);
-            const int byte = column * 128 + part * 32 + k * 2;
-            memcpy(&from_b, b + (byte ^ (byte >> 7 & 7) << 4), sizeof from_b);
-            sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * half_to_float(from_b);
+            sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * panel_number(b, column, part, k);
+        }
+        c[i] = (float)sum;
+    }
+    group_barrier(place);
+}
+struct Panel {
+    const u8 *start;
+};
+INLINE Panel panel_at(const u8 *p) { return {p}; }
+INLINE Panel panel_behind(Panel panel, int bytes) { return {panel.start + bytes}; }
+INLINE void multiply_panels(float (&c)[64], Panel a, Panel b, int part, bool adds) {
+    multiply_panels(c, a.start, b.start, part, adds);
+}
+// b: 16 rows of a panel, of which c has the columns.
+static void multiply_group_rows(float (&c)[32], const u32 (&a)[4], Panel b, int part, bool adds, int place = __builtin_LINE()) {
+    const int self = emulated::current, lane = self % 32, group = self - lane;
+    memcpy(emulated::exchange[self], a, sizeof a);
+    group_barrier(place);
+    for (int i = 0; i < 32; i++) {
+        const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        double sum = adds ? c[i] : 0.0;
+        for (int k = 0; k < 16; k++) {
+            u32 from_a[4];
+            memcpy(from_a, emulated::exchange[group + row % 8 * 4 + k % 8 / 2], sizeof from_a);
+            sum += (double)half_at(from_a[row / 8 + k / 8 * 2], k % 2) * panel_number(b.start, part * 16 + k, column / 16, column % 16);
         }
         c[i] = (float)sum;
     }

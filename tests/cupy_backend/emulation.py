@@ -19,7 +19,7 @@ from refengine.errors import MemoryLimitError
 from refengine.program import policy
 from refengine_cupy.backend import POLICIES, CupyBackend
 from refengine_cupy.modules import Module, modules_for
-from refengine_cupy.runtime import Await, Fetch, Launch, Work
+from refengine_cupy.runtime import Await, Copy, Fetch, Launch, Work
 from refengine_cupy.source import Kernel, text_of
 
 COMPILER = shutil.which("g++")
@@ -200,6 +200,9 @@ class EmulatedRuntime:
         for work in launches:
             if isinstance(work, Launch):
                 self._launch(work)
+                continue
+            if isinstance(work, Copy):
+                ctypes.memmove(work.destination, work.source, work.nbytes)
                 continue
             if isinstance(work, Fetch):
                 waiting.append(work)

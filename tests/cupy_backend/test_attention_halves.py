@@ -23,7 +23,7 @@ from refengine_conformance.runner import Worker
 from refengine_conformance.sequences import Attending, Piece, Sequences
 from refengine_conformance.subject import Subject
 from refengine_conformance.tiny_model import tiny_model
-from refengine_cupy.attention import halves_bytes
+from refengine_cupy.attention import groups_bytes, halves_bytes
 from refengine_cupy.backend import CupyBackend
 from refengine_cupy.launches import launch
 from refengine_cupy.source import Kernel, structures, text_of
@@ -42,6 +42,16 @@ SHAPES = [
     ((130,), (1, 1, 5), 3, 129, None),
 ]
 """Lengths, heads and their size, block size, window and cap."""
+
+
+class OlderRuntime(EmulatedRuntime):
+    """Of a device whose matrix units warps use by themselves."""
+
+    warpgroups = False
+
+
+TILES = {EmulatedRuntime: "attention_halves_groups", OlderRuntime: "attention_halves_tiles"}
+"""What computes tiles of queries, by device."""
 
 
 class Device:
@@ -95,8 +105,10 @@ def bits(results: Sequence[NDArray[np.floating]]) -> list[bytes]:
     return [y.tobytes() for y in results]
 
 
+@pytest.mark.parametrize("runtime", TILES)
 @pytest.mark.parametrize(("lengths", "heads", "block_size", "window", "softcap"), SHAPES)
 def test_results_keep_their_bound_and_a_query_its_bits(
+    runtime: type[EmulatedRuntime],
     lengths: tuple[int, ...],
     heads: tuple[int, int, int],
     block_size: int,
@@ -104,15 +116,15 @@ def test_results_keep_their_bound_and_a_query_its_bits(
     softcap: float | None,
 ) -> None:
     """Those of a loop in float64; by tiles, by tokens, and by tokens whose contexts are cut up."""
-    case, device = sequences(lengths, heads, block_size, window, softcap), Device()
+    case, device = sequences(lengths, heads, block_size, window, softcap), Device(runtime)
     whole = Attending(device.subject, case).step(case.whole)
     padded = 64 if heads[2] <= 64 else 128
-    assert device.launched() == {f"attention_halves_tiles_{padded}"}
+    assert device.launched() == {f"{TILES[runtime]}_{padded}"}
     for number, y in enumerate(whole):
         expected, bound = softmax_means(case, number, U)
         assert (np.abs(y - expected) <= bound).all()
-    single = Device()
-    for sizes in ((60, 7), (max(lengths) - 9, 1)):
+    single = Device(runtime)
+    for sizes in ((60, 7), (max(lengths) - 9, 1), (9, max(lengths))):
         assert bits(Attending(single.subject, case).steps(pieces(case, sizes))) == bits(whole)
     assert f"attention_halves_split_{padded}" in single.launched()
 
@@ -148,8 +160,8 @@ def test_queries_of_any_size_are_weighed() -> None:
 
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("tiles", [True, False])
-def test_a_query_that_is_no_number_spoils_no_other(spoilt: float, tiles: bool) -> None:
+@pytest.mark.parametrize("tiles", [*TILES.values(), None])
+def test_a_query_that_is_no_number_spoils_no_other(spoilt: float, tiles: str | None) -> None:
     """Of twenty query heads of one key head, one; of twenty queries, one."""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((20, 20, 24)).astype(np.float32)
@@ -162,8 +174,8 @@ def test_a_query_that_is_no_number_spoils_no_other(spoilt: float, tiles: bool) -
     assert np.array_equal(y, whole, equal_nan=True)
 
 
-def attended(q: NDArray[np.float32], kv: NDArray[np.float16], *, tiles: bool) -> NDArray[np.float32]:
-    """The first tokens of one sequence, over keys and values ``[2, blocks, P, G, D]``."""
+def attended(q: NDArray[np.float32], kv: NDArray[np.float16], *, tiles: str | None) -> NDArray[np.float32]:
+    """The first tokens of one sequence, over keys and values ``[2, blocks, P, G, D]``, by a module of tiles."""
     tokens, heads = q.shape[:2]
     y, few, tile = np.zeros_like(q), *halves_bytes(64)
     arrays = {
@@ -174,8 +186,12 @@ def attended(q: NDArray[np.float32], kv: NDArray[np.float16], *, tiles: bool) ->
         "tables": np.arange(kv.shape[1], dtype=np.int32),
     }
     given = attention_arguments(q, kv, y, arrays)
-    name, shared = ("attention_halves_tiles", tile) if tiles else ("attention_halves", few)
-    kernel = Kernel(name, f"{name}_64", "Attention", 128, shared=shared)
+    name, threads, shared = {
+        None: ("attention_halves", 128, few),
+        "attention_halves_tiles": ("attention_halves_tiles", 128, tile),
+        "attention_halves_groups": ("attention_halves_groups", 384, groups_bytes(64)),
+    }[tiles]
+    kernel = Kernel(name, f"{name}_64", "Attention", threads, shared=shared)
     grid = (1, heads, 1) if tiles else (1, kv.shape[3], tokens)
     EmulatedRuntime().launch([launch(kernel, grid, **given)])
     return y
@@ -312,10 +328,11 @@ def test_the_laws_of_the_shared_suite_hold(law: Property, worker: Worker) -> Non
     assert outcome.kind == "passed", f"{outcome.message}\n{outcome.example}"
 
 
+@pytest.mark.parametrize("runtime", TILES)
 @pytest.mark.parametrize("window", [None, 40])
-def test_a_number_that_is_none_spoils_who_sees_it(window: int | None) -> None:
+def test_a_number_that_is_none_spoils_who_sees_it(window: int | None, runtime: type[EmulatedRuntime]) -> None:
     """In the diagonal partition, at a window's edge, and in partitions that all queries of a tile see."""
-    case, device = sequences((300,), (2, 1, 40), window=window), Device()
+    case, device = sequences((300,), (2, 1, 40), window=window), Device(runtime)
     (whole,) = Attending(device.subject, case).step(case.whole)
     for damaged in ((0,), (130,), (200, 290), (299,)):
         spoilt = replace(case, damaged=damaged, damage=np.nan)
@@ -329,9 +346,10 @@ def test_a_number_that_is_none_spoils_who_sees_it(window: int | None) -> None:
             assert y[np.logical_not(sees)].tobytes() == whole[np.logical_not(sees)].tobytes()
 
 
-def test_only_what_is_spoilt_of_a_value_is_no_number() -> None:
+@pytest.mark.parametrize("runtime", TILES)
+def test_only_what_is_spoilt_of_a_value_is_no_number(runtime: type[EmulatedRuntime]) -> None:
     """One element of one position: the same bits elsewhere, by tiles and by tokens."""
-    case, device = sequences((70,), (1, 1, 16)), Device()
+    case, device = sequences((70,), (1, 1, 16)), Device(runtime)
     v = case.v.copy()
     v[33, 0, 5] = 1e6  # which float16 does not hold
     (whole,) = Attending(device.subject, case).step(case.whole)
@@ -353,7 +371,11 @@ def test_devices_without_matrix_units_keep_the_bound() -> None:
 
 def test_kernels_take_the_shared_memory_that_is_asked_for(tmp_path: Path) -> None:
     header, found = Path(__file__).with_name("emulation.h"), []
-    for module, name in (("attention_halves", "FewMemory"), ("attention_halves_tiles", "TileMemory")):
+    for module, name in (
+        ("attention_halves", "FewMemory"),
+        ("attention_halves_tiles", "TileMemory"),
+        ("attention_halves_groups", "GroupMemory"),
+    ):
         source, program = tmp_path / f"{module}.cpp", tmp_path / module
         source.write_text(
             f'#include "{header}"\n{text_of(module)}\n#include <cstdio>\n'
@@ -362,4 +384,5 @@ def test_kernels_take_the_shared_memory_that_is_asked_for(tmp_path: Path) -> Non
         subprocess.run(["g++", "-std=c++17", "-w", str(source), "-o", str(program)], check=True)
         run = subprocess.run([str(program)], capture_output=True, text=True, check=True)
         found.append([int(n) for n in run.stdout.split()])
-    assert list(zip(*found, strict=True)) == [halves_bytes(64), halves_bytes(128)]
+    expected = [(*halves_bytes(padded), groups_bytes(padded)) for padded in (64, 128)]
+    assert list(zip(*found, strict=True)) == expected

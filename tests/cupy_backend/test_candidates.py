@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from refengine_conformance.prompts import Chunk, Prompting, Prompts
 from refengine_conformance.subject import Subject
 from refengine_cupy.backend import CupyBackend
 from refengine_cupy.candidates import CHUNK, MOST_CHUNKS, MOST_OF_THREAD, THREADS, CandidateSearch
+from refengine_cupy.runtime import Copy, Work
 
 U = 2.0**-53
 
@@ -36,6 +38,11 @@ class Counting(EmulatedRuntime):
         self.downloads.append(out.nbytes)
         super().download(address, out)
 
+    def launch(self, launches: Sequence[Work]) -> None:
+        super().launch(launches)
+        copies = [work.nbytes for work in launches if isinstance(work, Copy)]
+        self.downloads += copies[1:]  # the first takes the step's arrays there
+
 
 def search(rows: NDArray[np.float32], temperatures: NDArray[np.float64]) -> Candidates:
     """The candidates of any rows, by the kernels alone."""
@@ -45,7 +52,7 @@ def search(rows: NDArray[np.float32], temperatures: NDArray[np.float64]) -> Cand
     runtime.upload(logits.address, np.ascontiguousarray(rows))
     runtime.upload(given.address, temperatures)
     made = CandidateSearch(runtime, count, size)
-    runtime.launch(made.launches(count, logits.address, given.address))
+    runtime.launch(made.work(count, logits.address, given.address))
     return made.read(count, rows.__getitem__)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import refengine_cupy
 from refengine.errors import MemoryLimitError
-from refengine_cupy.runtime import Await, Fetch, Launch, Work
+from refengine_cupy.runtime import Await, Copy, Fetch, Launch, Work
 from refengine_cupy.source import Kernel
 
 KERNEL = Kernel("elementwise", "add", "Binary", 256)
@@ -32,6 +32,7 @@ class PlayedDriver:
 
     is_hip = False
     streamNonBlocking = eventDisableTiming = memcpyHostToDevice = streamCaptureModeRelaxed = 1  # noqa: N815
+    memcpyDefault = 4  # noqa: N815
 
     def __init__(self) -> None:
         self.queued: list[tuple[str, Any, int, frozenset[int]]] = []
@@ -60,7 +61,8 @@ class PlayedDriver:
         self._streams[stream] |= self._events[event]
 
     def memcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
-        self.queue("copy", Fetch(source, to, nbytes), stream)
+        copy = Fetch if kind == self.memcpyHostToDevice else Copy
+        self.queue("copy", copy(source, to, nbytes), stream)
 
     def hostAlloc(self, nbytes: int, flags: int) -> int:  # noqa: N802
         raise self.CUDARuntimeError("out of memory")
@@ -114,15 +116,18 @@ def kernel(number: int) -> Launch:
 
 
 WORK: list[Work] = [
-    Fetch(100, 200, 8), Fetch(110, 210, 8), kernel(0), Await(1), kernel(1), kernel(2), Fetch(120, 200, 8),
-    Fetch(130, 220, 4), Await(2), kernel(3), Await(4), kernel(4), kernel(5),
+    Copy(300, 230, 8), Fetch(100, 200, 8), Fetch(110, 210, 8), kernel(0), Await(1), kernel(1), kernel(2),
+    Fetch(120, 200, 8), Fetch(130, 220, 4), Await(2), kernel(3), Await(4), kernel(4), Copy(310, 240, 4),
+    kernel(5), kernel(6), Copy(250, 320, 4),
 ]  # fmt: skip
 
 
-def test_a_copy_follows_the_launches_before_it_and_a_launch_the_copies_it_awaits(
+def test_a_fetch_follows_the_launches_before_it_and_a_launch_the_fetches_it_awaits(
     played: tuple[Any, PlayedDriver],
 ) -> None:
-    """And nothing else but its own queue: what may overlap does. Twice, as events are used again."""
+    """And nothing else but its own queue: what may overlap does. Copies stand in the queue of launches. Twice,
+    as events are used again.
+    """
     runtime, cuda = played
     earlier: set[int] = set()
     for _ in range(2):
@@ -140,20 +145,22 @@ def test_a_copy_follows_the_launches_before_it_and_a_launch_the_copies_it_awaits
                 assert kernels <= before
                 copies.append(at)
             else:
-                assert (kind, what) == ("kernel alone" if alone else "kernel", work.arguments)
+                expected = ("copy", work) if isinstance(work, Copy) else ("kernel", work.arguments)
+                assert (kind.removesuffix(" alone"), what) == expected
                 assert before - earlier == kernels - earlier | set(copies[:awaited])
                 kernels.add(at)
-                alone = False
+                assert kind.endswith("alone") == (isinstance(work, Launch) and alone)
+                alone = isinstance(work, Copy)
             at += 1
         assert at == len(cuda.queued)
         earlier = set(range(at))
 
 
-def test_copies_do_not_wait_in_the_queue_of_launches(played: tuple[Any, PlayedDriver]) -> None:
+def test_fetches_do_not_wait_in_the_queue_of_launches(played: tuple[Any, PlayedDriver]) -> None:
     runtime, cuda = played
     runtime.launch(WORK)
-    assert {stream for kind, _, stream, _ in cuda.queued if kind != "copy"} == {MAIN}
-    assert MAIN not in {stream for kind, _, stream, _ in cuda.queued if kind == "copy"}
+    assert {stream for _, what, stream, _ in cuda.queued if not isinstance(what, Fetch)} == {MAIN}
+    assert MAIN not in {stream for _, what, stream, _ in cuda.queued if isinstance(what, Fetch)}
 
 
 def test_a_recording_ends_when_every_copy_has_joined_it(played: tuple[Any, PlayedDriver]) -> None:

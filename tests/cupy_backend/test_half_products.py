@@ -14,6 +14,7 @@ from refengine.program import POLICIES, Tracer, symbolic_inputs
 from refengine.quantizer import decode
 from refengine_conformance.bounds import check_bound
 from refengine_conformance.subject import Subject, Weight, activation, one_sequence
+from refengine_cupy import opened_products
 from refengine_cupy.backend import CupyBackend
 from refengine_cupy.half_products import STAGES, TILES, few_bytes, group_bytes, many_bytes, one_bytes
 from refengine_cupy.packing import LAYOUTS, PLAIN
@@ -83,6 +84,30 @@ def test_results_keep_their_bound_and_a_row_its_bits(name: str) -> None:
         assert older.apply("linear", x[:tokens], weight, Weight(bias)).tobytes() == whole[:tokens].tobytes()
 
 
+@pytest.mark.parametrize("name", ["q4_0", "q6_k", "f16"])
+@pytest.mark.parametrize("room", [1, 2**30])
+def test_opened_weights_give_a_row_the_same_bits(
+    name: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, and two blocks of rows at a time."""
+    weight, columns = matrix(name, 330, 768), 768
+    x = activations(200, columns)
+    bias = Weight(np.random.default_rng(1).standard_normal(330).astype(np.float32))
+    closed = product(x, weight, bias)
+    monkeypatch.setattr(opened_products, "LEAST_OPENED", 129)
+    monkeypatch.setattr(opened_products, "OPENED_BYTES", room)
+    runtimes = []
+
+    def start() -> CupyBackend:
+        runtimes.append(EmulatedRuntime())
+        return CupyBackend(runtimes[-1])
+
+    found = Subject(start, policy=MIXED16).apply("linear", x, weight, bias)
+    assert found.tobytes() == closed.tobytes()
+    launched = [name for name in runtimes[-1].launched if name.startswith(("open", "multiply"))]
+    assert len(launched) == (4 if room == 1 else 2)
+
+
 def test_a_row_with_infinity_has_no_numbers_and_spoils_no_other() -> None:
     weight, found = matrix("q4_0", 17, 256), []
     for spoiled in (0.0, 1e30):
@@ -110,8 +135,11 @@ def block(tracer: Tracer, x, scale, roles, activation_name: str):
 
 @pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("columns", [256, 608])
-def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(columns: int, activation_name: str) -> None:
-    """Norm, gate, up, activation, down and residual: fused where tokens are few, in part where they are many."""
+def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(
+    columns: int, activation_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norm, gate, up, activation, down and residual: fused however many tokens there are."""
+    monkeypatch.setattr(opened_products, "LEAST_OPENED", 129)
     runtimes, found = [], {}
 
     def start() -> CupyBackend:
@@ -120,7 +148,7 @@ def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(columns: int, ac
 
     roles = ("gate", "up", "down")
     stored = {role: matrix("q4_0", columns, columns, seed) for seed, role in enumerate(roles)}
-    for tokens in (1, 30, 70):
+    for tokens in (1, 30, 70, 140):
         x, tracer = activations(tokens, columns), Tracer()
         inputs = symbolic_inputs(tracer, kv_groups=1)
         value = activation(tracer, inputs, "x", x.shape)
@@ -137,13 +165,23 @@ def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(columns: int, ac
     kernels = [
         [name.split("_q")[0] for name in runtime.launched if "embedding" not in name] for runtime in runtimes
     ]
+
+    def opened(name: str, before: str) -> list[str]:
+        return [before, "open", name]
+
     assert kernels == [
         [f"one_{activation_name}", "one"] * 2,
         ["norm_halves_8192", f"few_32_{activation_name}", "round_rows", "few_32"] * 2,
         ["norm_halves_8192", f"many_{activation_name}", "round_rows", "many_1"] * 2,
+        [
+            *opened(f"multiply_{activation_name}_192", "norm_halves_8192"),
+            *opened("multiply_192", "round_rows"),
+        ]
+        * 2,
     ]
     assert np.isfinite(found[1]).all()
     assert found[1].tobytes() == found[30][:1].tobytes() == found[70][:1].tobytes()
+    assert found[70].tobytes() == found[140][:70].tobytes()
     assert found[30].tobytes() == found[70][:30].tobytes()
 
 
@@ -167,6 +205,11 @@ def test_shared_memory_is_what_the_kernels_lay_out(encoding: str, tmp_path: Path
             "linear_a16_warpgroups",
             ["sizeof(ManyMemory<E, 1>)", "sizeof(ManyMemory<E, 2>)"],
             [group_bytes(LAYOUTS[encoding], 1), group_bytes(LAYOUTS[encoding], 2)],
+        ),
+        (
+            "multiply_panels",
+            ["sizeof(PanelMemory<128>)", "sizeof(PanelMemory<192>)"],
+            [opened_products.panel_bytes(128), opened_products.panel_bytes(192)],
         ),
     ):
         source, program = tmp_path / f"{module}.cpp", tmp_path / module

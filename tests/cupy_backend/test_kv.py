@@ -66,3 +66,26 @@ def test_segments_are_committed_and_released_once() -> None:
             storage.commit(0, wrong)
     with pytest.raises(MemoryManagerError, match="cannot be released"):
         storage.release(0, 1)
+
+
+def test_segments_that_follow_each_other_get_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for all of them, the pieces of neighbours left out; and all or none."""
+    storage = DeviceKVStorage(EmulatedRuntime(), LAYOUT)
+    per_piece = HostAddresses.piece // LAYOUT.segment_bytes(0)
+    storage.commit(0, 0)
+    asked: list[range] = []
+    back = HostAddresses.back
+    monkeypatch.setattr(
+        HostAddresses, "back", lambda self, pieces: (asked.append(pieces), back(self, pieces))
+    )
+    storage.commit_run(0, range(1, 3 * per_piece))
+    assert asked == [range(1, 3)]
+    assert storage.nbytes == 3 * per_piece * LAYOUT.segment_bytes(0)
+    for wrong in (range(3 * per_piece - 1, 3 * per_piece + 2), range(198, 203)):
+        with pytest.raises(MemoryManagerError, match="cannot be committed"):
+            storage.commit_run(0, wrong)
+    with pytest.raises(MemoryManagerError, match="cannot be released"):
+        storage.release_run(0, range(3 * per_piece - 1, 3 * per_piece + 1))
+    assert storage.nbytes == 3 * per_piece * LAYOUT.segment_bytes(0)
+    storage.release_run(0, range(3 * per_piece))
+    assert (storage.nbytes, addresses(storage).backed) == (0, set())

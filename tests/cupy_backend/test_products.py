@@ -8,7 +8,7 @@ from cupy_backend.emulation import EmulatedBackend, EmulatedRuntime
 from stored_matrices import stored_matrix
 
 from refengine.backend import load
-from refengine.program import POLICIES, Tracer, symbolic_inputs
+from refengine.program import POLICIES, MemoryPlan, Program, Tracer, plan_memory, symbolic_inputs
 from refengine_conformance.subject import Subject, Weight, activation, one_sequence
 from refengine_cupy.backend import CupyBackend
 from refengine_cupy.packing import LAYOUTS
@@ -98,3 +98,84 @@ def test_a_fused_block_gives_a_row_the_same_bits_in_any_company(name: str, activ
     assert np.isfinite(found[1]).all()
     assert found[1].tobytes() == found[4][:1].tobytes() == found[20][:1].tobytes()
     assert found[4].tobytes() == found[20][:4].tobytes()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("name", "columns", "from_row"),
+    [
+        ("q4_0", 256, False),
+        ("q4_0", 608, True),
+        ("q4_1", 8192, True),
+        ("q8_0", 4640, True),
+        ("q6_k", 8448, False),
+    ],
+)
+def test_a_token_s_row_is_normed_by_the_products_that_read_it(
+    name: str, columns: int, from_row: bool, fused: bool
+) -> None:
+    """With the bits of the norm's own kernel, which runs for several tokens; also where plans know of no fusions."""
+    runtimes, found = [], {}
+
+    def start() -> CupyBackend:
+        runtimes.append(EmulatedRuntime())
+        return CupyBackend(runtimes[-1])
+
+    def planned(program: Program, *rest: object) -> MemoryPlan:
+        return plan_memory(program, *(rest if fused else rest[:3]))  # type: ignore[arg-type]
+
+    inner = 256 if name == "q6_k" else 64
+    shapes = {
+        "gate": (inner, columns),
+        "up": (inner, columns),
+        "down": (columns, inner),
+        "last": (48, columns),
+    }
+    stored = {role: matrix(name, *shape, seed) for seed, (role, shape) in enumerate(shapes.items())}
+    for tokens in (1, 3, 70):
+        x, tracer = activations(tokens, columns), Tracer()
+        value = activation(tracer, symbolic_inputs(tracer, kv_groups=1), "x", x.shape)
+        scale = tracer.symbol("scale", "weight", (columns,))
+        gate, up, down, last = (tracer.symbol(role, "weight", shape) for role, shape in shapes.items())
+        h = tracer.rms_norm(value, scale, eps=1e-5)
+        h = tracer.gated(tracer.linear(h, gate), tracer.linear(h, up), activation="silu")
+        h = tracer.add(value, tracer.linear(h, down))
+        y = tracer.linear(tracer.rms_norm(h, scale, eps=1e-5), last)
+        numbers = np.linspace(1, 2, columns).astype(np.float32)
+        tensors = {role: weight.tensor(role) for role, weight in stored.items()}
+        tensors |= {"x": Weight(x).tensor("x"), "scale": Weight(numbers).tensor("scale")}
+        subject = Subject(start, policy=MIXED8, plan=planned)
+        program = subject.in_policy(tracer.finish(y), tensors)
+        found[tokens] = subject.compile(program, tensors, tokens).run(one_sequence(tokens))
+    norms = [[n for n in runtime.launched if n.startswith("norm")] for runtime in runtimes]
+    assert [len(launched) for launched in norms] == [0 if from_row else 2, 2, 2]
+    assert np.isfinite(found[70]).all()
+    assert found[1].tobytes() == found[3][:1].tobytes()
+    assert found[3].tobytes() == found[70][:3].tobytes()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_product_norms_a_row_that_its_result_lies_over(fused: bool) -> None:
+    """Other blocks may read the row still: where a plan knows of no fusions, it gives the row's place away."""
+    runtime, plans = EmulatedRuntime(), []
+
+    def planned(program: Program, *rest: object) -> MemoryPlan:
+        plans.append(plan_memory(program, *(rest if fused else rest[:3])))  # type: ignore[arg-type]
+        return plans[-1]
+
+    x, weight, tracer = activations(1, 1280), matrix("q4_0", 1280, 1280), Tracer()
+    value = activation(tracer, symbolic_inputs(tracer, kv_groups=1), "x", x.shape)
+    h = tracer.rms_norm(value, tracer.symbol("scale", "weight", (1280,)), eps=1e-5)
+    y = tracer.scale(tracer.linear(h, tracer.symbol("w", "weight", weight.shape)), factor=0.5)
+    tensors = {"x": Weight(x).tensor("x"), "scale": Weight(np.ones(1280, np.float32)).tensor("scale")}
+    tensors["w"] = weight.tensor("w")
+    subject = Subject(lambda: CupyBackend(runtime), policy=MIXED8, plan=planned)
+    program = subject.in_policy(tracer.finish(y), tensors)
+    subject.compile(program, tensors, 1).run(one_sequence(1))
+    places = {i.op.name: plans[0].placements.get(i.result.index) for i in program}
+    row, result = places["embedding"], places["linear_a8"]
+    assert row is not None
+    assert result is not None
+    over = row.offset < result.offset + result.nbytes and result.offset < row.offset + row.nbytes
+    assert over != fused
+    assert ("norm_8192" in runtime.launched) == over

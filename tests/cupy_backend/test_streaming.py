@@ -23,7 +23,7 @@ from refengine_conformance.prompts import Chunk, Prompts
 from refengine_conformance.subject import Subject, commit_all
 from refengine_conformance.tiny_model import tiny_model
 from refengine_cupy.backend import CupyBackend
-from refengine_cupy.runtime import Await, Fetch, Launch, Work
+from refengine_cupy.runtime import Await, Copy, Fetch, Launch, Work
 from refengine_cupy.source import Kernel
 from refengine_cupy.streaming import Stretch, units, with_fetches
 from refengine_cupy.weights import plan_packed
@@ -218,7 +218,8 @@ def test_a_unit_is_under_way_while_the_one_before_it_is_read() -> None:
 
     running = Running("llama", "float32", 0, Listening())
     running.step([Chunk(0, 0, 1)])
-    [work] = lists
+    [[arrays, *work]] = lists
+    assert isinstance(arrays, Copy)
     assert [isinstance(each, Fetch) for each in work[:3]] == [True, True, False]
     begun = [n for n, each in enumerate(work) if isinstance(each, Fetch)]
     awaited = [n for n, each in enumerate(work) if isinstance(each, Await)]

@@ -2,9 +2,9 @@
 //
 // A block of threads has a token, a key head and its query heads, and of the context's partitions every gridDim.x-th: in
 // SPLIT what they find is left in memory, and the block that comes last joins it; else the block is alone and joins what
-// it finds on its way. Of a partition, a warp has 32 keys and a quarter of the values' elements. What it reads it has
-// fetched by itself, up to three halves of a partition (its keys, or its values) ahead: warps wait for each other only
-// where the largest score is found, and where the weights are.
+// it finds on its way. Of a partition, a warp has 32 keys and a quarter of the values' elements. It has fetched
+// its keys by itself, up to three halves of a partition (keys, or values) ahead, and a quarter of the positions of values:
+// warps wait for each other only where the largest score is found, and where the weights are.
 //
 // A matrix unit's 16 rows are eight query heads' first pieces, then the same heads' second pieces; see attention_halves.h.
 //
@@ -43,6 +43,7 @@ template <int CHUNKS, bool SPLIT, bool TURNING> struct Few {
     const Sight sight;
     const int first, last, step; // partitions of the block; its first, the context's last
     const u64 reciprocal;        // 2^32 / block_size, rounded up
+    const bool even;             // whether heads are filled, and everything lies where it can be copied by 16 bytes
 
     INLINE int lane() const { return threadIdx.x % LANES; }
     INLINE int warp() const { return threadIdx.x / LANES; }
@@ -100,8 +101,30 @@ template <int CHUNKS, bool SPLIT, bool TURNING> struct Few {
             for (int j = 0; j < CHUNKS / 2; j++) put<WIDE>(to + place_of<CHUNKS>(i * 8 + row, unit + 4 * j), slot, unit + 4 * j);
         }
     }
+    // A partition that is there whole: what is looked up comes first, as each waits as long as all.
+    INLINE bool full(int start) const { return even && first_place(start) == 0 && fetched_end(start) == PARTITION; }
+    INLINE void fetch_all_keys(u8 *to) const {
+        for_whole_rows([&](int row, int unit, u64 slot) {
+            copy16(to + place_of<CHUNKS>(row, unit), a.keys + slot + unit * 16);
+        });
+    }
+    // The warp's 32 positions, those that go together side by side, as memory is fast with.
+    template <class F> INLINE void for_whole_rows(const F &body) const {
+        constexpr int rows = LANES / (2 * CHUNKS), at_once = 8;
+        const int row = lane() / (2 * CHUNKS), unit = lane() % (2 * CHUNKS);
+#pragma unroll
+        for (int from = 0; from < WARP_KEYS; from += rows * at_once) {
+            u64 slots[at_once];
+#pragma unroll
+            for (int i = 0; i < at_once; i++) slots[i] = shared.slots[warp()][warp() * WARP_KEYS + from + i * rows + row];
+#pragma unroll
+            for (int i = 0; i < at_once; i++) body(from + i * rows + row, unit, slots[i]);
+        }
+    }
     INLINE void fetch_keys(int number, int start) {
-        if (wide(a.keys))
+        if (full(start))
+            fetch_all_keys(stage(number));
+        else if (wide(a.keys))
             fetch_keys<true>(stage(number), start);
         else
             fetch_keys<false>(stage(number), start);
@@ -126,8 +149,17 @@ template <int CHUNKS, bool SPLIT, bool TURNING> struct Few {
                 *(uint4 *)at = {0, 0, 0, 0};
         }
     }
+    // A warp fetches some positions for all warps, which meet before they read them: a position's elements lie together.
+    INLINE void fetch_all_values(int number) const {
+        u8(&stage)[WARPS][WARP_KEYS * CHUNKS * 32] = shared.stages[number % STAGES];
+        for_whole_rows([&](int row, int unit, u64 slot) {
+            copy16(stage[unit / units] + value_place(warp() * WARP_KEYS + row, unit % units), a.values + slot + unit * 16);
+        });
+    }
     INLINE void fetch_values(int number, int start) {
-        if (wide(a.values))
+        if (full(start))
+            fetch_all_values(number);
+        else if (wide(a.values))
             fetch_values<true>(stage(number), start);
         else
             fetch_values<false>(stage(number), start);
@@ -463,7 +495,8 @@ template <int CHUNKS, bool SPLIT, bool TURNING> INLINE void attend(const Attenti
     if (first > last) return;
     Few<CHUNKS, SPLIT, TURNING> few = {
         a, *(FewMemory<CHUNKS> *)bytes, token, (int)blockIdx.y, a.tables + (long)sequence * a.blocks, {seen_from, position},
-        first, last, step, (u64)(0xFFFFFFFFu / (u32)a.block_size) + 1
+        first, last, step, (u64)(0xFFFFFFFFu / (u32)a.block_size) + 1,
+        a.size == CHUNKS * SIXTEEN && (((u64)a.keys | (u64)a.values | a.block_bytes) & 15) == 0
     };
     // Whether what is fetched first was there before the step.
     const bool early = TURNING || (first + step + 1) * PARTITION <= a.positions[a.query_starts[sequence]];

@@ -133,6 +133,11 @@ INLINE void add_products(
     }
 }
 
+// Of two float16: ones in the place of infinity or NaN, zeros in that of others.
+INLINE u32 spoiled_halves(u32 x) {
+    return ((x & 0x7C00u) == 0x7C00u ? 0xFFFFu : 0u) | ((x & 0x7C000000u) == 0x7C000000u ? 0xFFFF0000u : 0u);
+}
+
 // The key of a number in a tile of eight keys; its row is the i / 2-th of the thread's.
 INLINE int key_of(int tile, int i) { return tile * 8 + (int)threadIdx.x % 4 * 2 + i % 2; }
 

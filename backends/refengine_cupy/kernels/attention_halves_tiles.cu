@@ -1,4 +1,5 @@
 // Attention by matrix units, for many queries of a sequence: 64 at once, 16 of them in each warp, for one head.
+// Devices that have warpgroups take attention_halves_groups.cu instead.
 //
 // A warp does all of its queries by itself; keys and values come to shared memory for the block, values while scores are
 // computed, and the next partition's keys while values are weighed.
@@ -17,12 +18,6 @@ template <int CHUNKS> struct TileMemory {
 };
 
 INLINE void take_words(u32 (&to)[4], const uint4 &from) { to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w; }
-
-// Of two float16: whether one is infinity or NaN; the same with zeros in the place of such numbers; and ones in their place,
-// zeros in that of others.
-INLINE u32 spoiled_halves(u32 x) {
-    return ((x & 0x7C00u) == 0x7C00u ? 0xFFFFu : 0u) | ((x & 0x7C000000u) == 0x7C000000u ? 0xFFFF0000u : 0u);
-}
 
 template <int CHUNKS> struct Tile {
     const Attention &a;

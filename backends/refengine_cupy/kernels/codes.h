@@ -48,6 +48,16 @@ INLINE u32 codes_of_lane(const float (&x)[4], Scalars &scalars) {
     return word;
 }
 
+// The same, stored where the number of the group tells, if that is inside: all lanes take part.
+INLINE void store_codes(u8 *codes, u8 *scalars, long group, const float4 &four, bool inside) {
+    const float x[4] = {four.x, four.y, four.z, four.w};
+    Scalars found;
+    const u32 word = codes_of_lane(x, found);
+    if (!inside) return;
+    ((u32 *)(codes + group * 32))[word_place(threadIdx.x % 8)] = word;
+    if (threadIdx.x % 8 == 0) ((Scalars *)scalars)[group] = found;
+}
+
 // One code, and the scalars, of the group of which each of 32 lanes holds one activation: the same figures.
 INLINE int code_of_lane(float x, Scalars &scalars) {
     int largest = (int)(bits_of(x) & 0x7FFFFFFFu);

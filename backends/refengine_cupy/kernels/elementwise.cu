@@ -150,15 +150,8 @@ template <int THREADS, int FOURS> INLINE void normalise(const Norm &a) {
         const int first = (k * THREADS + (threadIdx.x & ~31u)) * 4; // all lanes take part where one does
         if (first >= a.columns) continue;
         if (a.codes) {
-            const float4 zero = {}, &four = i < a.columns ? row.x[k] : zero;
-            const float y[4] = {four.x, four.y, four.z, four.w};
-            Scalars found;
-            const u32 word = codes_of_lane(y, found);
-            const long item = (start + i) / 32;
-            if (i < a.columns) {
-                ((u32 *)(a.codes + item * 32))[word_place(threadIdx.x % 8)] = word;
-                if (threadIdx.x % 8 == 0) ((Scalars *)a.scalars)[item] = found;
-            }
+            const float4 zero = {};
+            store_codes(a.codes, a.scalars, (start + i) / 32, i < a.columns ? row.x[k] : zero, i < a.columns);
         } else if (i < a.columns) {
             *(float4 *)(a.y + start + i) = row.x[k];
         }
@@ -184,7 +177,7 @@ template <int THREADS, int FOURS> INLINE void normalise_halves(const Norm &a) {
 }
 
 KERNEL(norm_512, Norm, 32) { normalise<32, 4>(a); }
-KERNEL(norm_8192, Norm, 1024) { normalise<1024, 2>(a); }
+KERNEL(norm_8192, Norm, TOKEN_THREADS) { normalise<TOKEN_THREADS, TOKEN_FOURS>(a); }
 KERNEL(norm_32768, Norm, 1024) { normalise<1024, 8>(a); }
 KERNEL(norm_halves_8192, Norm, TOKEN_THREADS) { normalise_halves<TOKEN_THREADS, TOKEN_FOURS>(a); }
 KERNEL(norm_halves_32768, Norm, 1024) { normalise_halves<1024, 8>(a); }

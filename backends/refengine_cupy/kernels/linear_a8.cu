@@ -3,12 +3,31 @@
 // A block of threads has a tile of 16 rows. Its ITEM threads multiply groups, each one row's 16 bytes at a time, and
 // leave exact integers and scales in shared memory; threads of one more warp, one per row and token, add them up
 // from left to right, as the op is defined. While they add one stretch of groups, the others multiply the next.
+//
+// The codes of one token every block may make itself, of the row that a norm before the product reads.
 #include "codes.h"
 #include "encodings.h"
 #include "gated.h"
 #include "product.h"
+#include "rows.h"
 
-#define ITEM_THREADS 256
+// Of Product, and what one token's codes are made of.
+struct RowProduct {
+    const u8 *x_codes, *x_scalars; // [T][groups]
+    const float *x, *norm;         // or, of one token, its row and the weights of its rms_norm, [columns]
+    const u8 *codes_0, *high_0, *scales_0, *blocks_0;
+    const u8 *codes_1, *high_1, *scales_1, *blocks_1;
+    const u8 *codes_2, *high_2, *scales_2, *blocks_2;
+    const float *bias_0, *bias_1, *bias_2;
+    const float *residual; // [T, rows_0], may be y_0
+    float *y_0, *y_1, *y_2;
+    u8 *codes, *scalars; // of one gated row, in the place of y_0, where they are not null
+    u64 first_token;
+    int tokens, columns, rows_0, rows_1, rows_2;
+    float epsilon;
+};
+
+#define ITEM_THREADS TOKEN_THREADS
 #define ADDERS 32
 #define GROUPS_AT_ONCE (ITEM_THREADS / TILE)
 
@@ -41,7 +60,7 @@ template <class E, int TOKENS, int STEPS, int GATED> struct Rows {
         int tile, matrix, stretch;
     };
 
-    const Product &a;
+    const RowProduct &a;
     Shared &shared;
     const u8 *x; // of one token, in shared memory: codes, then scalars
     int groups, stretches, tiles;
@@ -184,16 +203,53 @@ template <class E, int TOKENS, int STEPS, int GATED> struct Rows {
             ((uint4 *)to)[i] = i < groups * 2 ? codes[i] : scalars[i - groups * 2];
     }
 
+    static INLINE int column(int k) { return (k * ITEM_THREADS + (int)threadIdx.x) * 4; }
+
+    // The norm's weights lie where products will, as far as there is room: fours of each thread.
+    static constexpr int kept_fours = sizeof(Shared) / (ITEM_THREADS * 16);
+    INLINE float4 *kept_four(int k) const { return (float4 *)&shared + k * ITEM_THREADS + threadIdx.x; }
+
+    INLINE void ask_for_norm() const {
+#pragma unroll
+        for (int k = 0; k < kept_fours; k++)
+            if (column(k) < a.columns) copy16(kept_four(k), a.norm + column(k));
+        copies_issued();
+    }
+
+    // Has the bits of the norm in elementwise.cu.
+    INLINE void norm_x(u8 *to) const {
+        const float factor = norm_factor<ITEM_THREADS, ITEM_THREADS + ADDERS>(a.x, a.columns, a.epsilon);
+        if (threadIdx.x >= ITEM_THREADS) return;
+        copies_done<0>();
+#pragma unroll
+        for (int k = 0; k < TOKEN_FOURS; k++) {
+            if ((k * ITEM_THREADS + (int)threadIdx.x / LANES * LANES) * 4 >= a.columns) break; // all lanes take part where one does
+            const bool inside = column(k) < a.columns;
+            float4 x = {};
+            if (inside) {
+                const float4 weight = k < kept_fours ? *kept_four(k) : load_float4(a.norm + column(k));
+                x = load_float4(a.x + column(k));
+                x.x = x.x * factor * weight.x, x.y = x.y * factor * weight.y;
+                x.z = x.z * factor * weight.z, x.w = x.w * factor * weight.w;
+            }
+            store_codes(to, to + groups * 32, column(k) / 32, x, inside);
+        }
+    }
+
     INLINE void run(u8 *x_memory) {
         const bool adder = threadIdx.x >= ITEM_THREADS;
         float sums[adds] = {}, kept[adds] = {}, even = 0.0f;
         E stored[STEPS];
         Job now = {(int)blockIdx.x * (coded() ? 2 : 1), 0, 0}, before = {tiles, 0, 0};
         if (!adder) load(now, stored); // no earlier kernel writes weights
+        if (TOKENS == 1 && !adder && a.x) ask_for_norm();
         wait_for_producer();
         let_consumer_start();
         if (TOKENS == 1) {
-            stage_x(x_memory);
+            if (a.x)
+                norm_x(x_memory);
+            else
+                stage_x(x_memory);
             __syncthreads();
         }
         for (int buffer = 0; now.tile < tiles || before.tile < tiles; buffer ^= 1) {
@@ -208,7 +264,7 @@ template <class E, int TOKENS, int STEPS, int GATED> struct Rows {
     }
 };
 
-template <class E, int TOKENS, int STEPS, int GATED> INLINE void product(const Product &a) {
+template <class E, int TOKENS, int STEPS, int GATED> INLINE void product(const RowProduct &a) {
     typedef Rows<E, TOKENS, STEPS, GATED> R;
     SHARED typename R::Shared shared;
     SHARED_BYTES(x_memory);
@@ -222,11 +278,11 @@ template <class E, int TOKENS, int STEPS, int GATED> INLINE void product(const P
 #define STEPS_OF(E) (E::offset || E::zeros || E::factors || E::code_bytes > 16 ? 4 : 8)
 
 #define X(name, E)                                                                                     \
-    KERNEL_IN_COMPANY(product_1_##name, Product, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 0>(a); } \
-    KERNEL(product_4_##name, Product, ITEM_THREADS + ADDERS) { product<E, 4, 2, 0>(a); }               \
-    KERNEL_IN_COMPANY(product_1_silu_##name, Product, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 1>(a); } \
-    KERNEL(product_4_silu_##name, Product, ITEM_THREADS + ADDERS) { product<E, 4, 2, 1>(a); }          \
-    KERNEL_IN_COMPANY(product_1_gelu_tanh_##name, Product, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 2>(a); } \
-    KERNEL(product_4_gelu_tanh_##name, Product, ITEM_THREADS + ADDERS) { product<E, 4, 2, 2>(a); }
+    KERNEL_IN_COMPANY(product_1_##name, RowProduct, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 0>(a); } \
+    KERNEL(product_4_##name, RowProduct, ITEM_THREADS + ADDERS) { product<E, 4, 2, 0>(a); }               \
+    KERNEL_IN_COMPANY(product_1_silu_##name, RowProduct, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 1>(a); } \
+    KERNEL(product_4_silu_##name, RowProduct, ITEM_THREADS + ADDERS) { product<E, 4, 2, 1>(a); }          \
+    KERNEL_IN_COMPANY(product_1_gelu_tanh_##name, RowProduct, ITEM_THREADS + ADDERS, 3) { product<E, 1, STEPS_OF(E), 2>(a); } \
+    KERNEL(product_4_gelu_tanh_##name, RowProduct, ITEM_THREADS + ADDERS) { product<E, 4, 2, 2>(a); }
 FOR_ENCODINGS(X)
 #undef X

@@ -2,12 +2,14 @@
 #pragma once
 #include "halves.h"
 
-// Where the row is the one of a step: what a kernel of linear_a16_one.cu does with it, others do in the same order.
+// Where the row is the one of a step: what kernels of linear_a16_one.cu and linear_a8.cu do with it, others do in the
+// same order.
 #define TOKEN_THREADS 256
 #define TOKEN_FOURS 8
 
-template <int THREADS> INLINE float block_sum(float sum) {
-    SHARED float parts[THREADS / LANES];
+// Of the first THREADS of ALL threads of a block.
+template <int THREADS, int ALL = THREADS> INLINE float block_sum(float sum) {
+    SHARED float parts[ALL / LANES];
     sum = sum_of_lanes(sum);
     if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = sum;
     __syncthreads();
@@ -146,15 +148,22 @@ template <int THREADS, int FOURS> INLINE float round_row(const float *x, const H
     return store_row<THREADS, FOURS>(row, columns, Numbers{x, columns});
 }
 
-// The numbers of NormedRow, for threads that have no registers for a row.
-template <int THREADS> INLINE float normed_row(const float *x, const float *weight, const HalfRow &row, int columns, float epsilon) {
+// What a row is multiplied with in NormedRow, for threads that have no registers for it: the first THREADS of ALL.
+template <int THREADS, int ALL = THREADS> INLINE float norm_factor(const float *x, int columns, float epsilon) {
     float sum = 0.0f;
-    for_fours<THREADS, 4>(columns, Numbers{x, columns}, [&](int, const float4 &four) {
-        sum = fmaf(four.x, four.x, sum);
-        sum = fmaf(four.y, four.y, sum);
-        sum = fmaf(four.z, four.z, sum);
-        sum = fmaf(four.w, four.w, sum);
-    });
-    const float factor = 1.0f / sqrtf(block_sum<THREADS>(sum) / (float)columns + epsilon);
+    if (THREADS == ALL || threadIdx.x < THREADS) {
+        for_fours<THREADS, 4>(columns, Numbers{x, columns}, [&](int, const float4 &four) {
+            sum = fmaf(four.x, four.x, sum);
+            sum = fmaf(four.y, four.y, sum);
+            sum = fmaf(four.z, four.z, sum);
+            sum = fmaf(four.w, four.w, sum);
+        });
+    }
+    return 1.0f / sqrtf(block_sum<THREADS, ALL>(sum) / (float)columns + epsilon);
+}
+
+// The numbers of NormedRow, as float16.
+template <int THREADS> INLINE float normed_row(const float *x, const float *weight, const HalfRow &row, int columns, float epsilon) {
+    const float factor = norm_factor<THREADS>(x, columns, epsilon);
     return store_row<THREADS, 4>(row, columns, NormedNumbers{x, weight, factor});
 }

@@ -114,6 +114,14 @@ def _forgets_views(program: Program, *rest: Any) -> MemoryPlan:
     return replace(plan, placements=places)
 
 
+def _fuses_late(program: Program, policy: Policy, sizes: Any, workspace: Any, fusions: Any) -> MemoryPlan:
+    """Plans as if of what runs as one nothing ran before the last."""
+    last = [replace(fusion, first=fusion.last) for fusion in fusions]
+    plan = plan_memory(program, policy, sizes, workspace, last)
+    first = {fusion.last: fusion.first for fusion in fusions}
+    return replace(plan, workspaces={first.get(at, at): place for at, place in plan.workspaces.items()})
+
+
 def _packs_tightly(program: Program, plan: MemoryPlan) -> MemoryPlan:
     places, workspaces = (
         {v: replace(p, offset=p.offset // 64 * 72) for v, p in of.items()}
@@ -284,6 +292,12 @@ FAULTS: tuple[Fault, ...] = (
         "PRG-14",
         "A workspace at the arena's start, which was free when somebody looked.",
         _planned_by(_overlays_workspaces),
+    ),
+    Fault(
+        "what runs as one is planned as if its last instruction did it all",
+        "PRG-16",
+        "What the first of them reads is given away before the kernel that reads it has run.",
+        partial(_golden, plan=_fuses_late),
     ),
     Fault(
         "a gate's temporaries come from the system",

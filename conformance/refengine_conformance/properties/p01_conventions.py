@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from refengine.backend import plan_activations
 from refengine.errors import UnsupportedError
 from refengine.ops import OPS
 from refengine.program import Program, Tracer, symbolic_inputs
@@ -260,7 +261,7 @@ def memory_stays_within_the_plan(subject: Subject, data: st.DataObject) -> None:
     backend = subject.start()
     executable = replace(subject, start=lambda: backend).compile(program, weights, tokens)
     sizes = {"T": tokens, "S": tokens, "R": tokens}
-    plan = subject.plan(program, subject.policy, sizes, lambda i, s: backend.workspace(i, s, subject.policy))
+    plan = plan_activations(backend, program, subject.policy, sizes, weights, subject.plan)
     planned = plan.arena_bytes
     compiled = backend.memory()
     for size in (tokens, data.draw(st.integers(1, tokens)), tokens):

@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from refengine.models.families import FAMILIES
 from refengine.ops import OPS, Dim, FloatArray, LayerCache, Shape, ShapeError
 from refengine.ops.signature import Operand
 from refengine.program import (
+    Fusion,
     Instruction,
     MemoryPlan,
+    Placement,
     Program,
     StepBatch,
     Tracer,
@@ -289,6 +292,47 @@ def working_memory_lies_apart_from_all_that_lives(subject: Subject, data: st.Dat
                 assert apart, f"the working memory of {i} lies on %{index}"
 
 
+@holds("PRG-16", "memory_plan", level="M")
+def what_runs_as_one_keeps_what_it_reads(subject: Subject, data: st.DataObject) -> None:
+    """Any stretches of a program, as one each: where all that is read lies, and all that is given."""
+    if data.draw(st.booleans()):
+        program = subject.trace(data.draw(MODELS))
+    else:
+        program = data.draw(arithmetic(subject)).program
+    fusions, sizes = _fusions(data, program), _sizes(data)
+    plan = subject.plan(program, subject.policy, sizes, None, fusions)
+    unwritten = {index for fusion in fusions for index in fusion.unwritten}
+    results = {i.result.index for i in program if i.op.sharing != "state"}
+    assert plan.placements.keys() == results - {program.output.index} - unwritten
+    assert plan.workspaces.keys() == {fusion.first for fusion in fusions if fusion.workspace}
+    memory = {i.result.index: i.result.index for i in program}  # whose memory a value's numbers lie in
+    for i in program:
+        if i.op.sharing == "view" and i.operands[0] is not None:
+            memory[i.result.index] = memory.get(i.operands[0].index, -1)
+    for fusion in fusions:
+        together = [program.instructions[at] for at in fusion.positions if at < len(program)]
+        read = [{memory.get(v.index, -1) for v in i.operands if v is not None} for i in together]
+        held = set().union(*read) & plan.placements.keys()
+        for at, i in enumerate(together):
+            result = i.result.index
+            if i.op.sharing in ("view", "state") or result not in plan.placements:
+                continue
+            held.add(result)
+            alone = set().union(*(r for other, r in enumerate(read) if other != at))
+            first = i.operands[0]
+            later = {other.result.index for other in together[at:]}  # each of these in its turn
+            for index in (set().union(*read) & plan.placements.keys()) - later:
+                mine, other = plan.placements[result], plan.placements[index]
+                over = i.op.sharing == "in_place" and first is not None and memory.get(first.index) == index
+                exact = mine == other and over and index not in alone
+                assert exact or _apart(mine, other), f"{i} lies on %{index}, which runs with it"
+        if fusion.workspace:
+            working = plan.workspaces[fusion.first]
+            assert working.offset % 64 == 0
+            assert working.nbytes >= fusion.workspace
+            assert all(_apart(working, plan.placements[index]) for index in held), "working memory on values"
+
+
 @holds("PRG-9", "memory_plan", level="M")
 def the_arena_ends_with_its_last_value(subject: Subject, data: st.DataObject) -> None:
     """Its size is the largest end of a place, or zero."""
@@ -457,9 +501,34 @@ def _planned(subject: Subject, data: st.DataObject) -> tuple[Program, MemoryPlan
     return program, subject.plan(program, subject.policy, sizes, workspace), sizes
 
 
+def _fusions(data: st.DataObject, program: Program) -> list[Fusion]:
+    """Stretches of a program, with some of the values that are read in one alone."""
+    shown = {
+        v.index for i in program if i.op.sharing in ("view", "state") for v in (*i.operands, i.result) if v
+    }
+    readers: dict[int, list[int]] = {}
+    for at, i in enumerate(program):
+        for v in i.operands:
+            if v is not None:
+                readers.setdefault(v.index, []).append(at)
+    ends = sorted(data.draw(st.sets(st.integers(0, len(program)), min_size=2, max_size=9)))
+    found = []
+    for first, end in pairwise(ends):
+        results = {i.result.index for i in program.instructions[first:end]} - shown - {program.output.index}
+        inner = {v for v in results if v in readers and max(readers[v]) < end}
+        unwritten = data.draw(st.sets(st.sampled_from(sorted(inner)))) if inner else set()
+        workspace = data.draw(st.sampled_from([0, 64, 1000]))
+        found.append(Fusion(first, end - 1, frozenset(unwritten), workspace))
+    return found
+
+
 def _sizes(data: st.DataObject) -> dict[str, int]:
     tokens = data.draw(st.integers(1, 20))
     return {"T": tokens, "S": data.draw(st.integers(1, tokens)), "R": data.draw(st.integers(1, tokens))}
+
+
+def _apart(one: Placement, other: Placement) -> bool:
+    return one.offset + one.nbytes <= other.offset or other.offset + other.nbytes <= one.offset
 
 
 def _range(plan: MemoryPlan, value: Value, sizes: Mapping[str, int]) -> slice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from markupsafe import Markup
 
 from refengine.cli.baseline import BASIS, baselines
@@ -57,7 +59,8 @@ def _values_alone(summary: PlanSummary) -> Markup | None:
     plan = summary.plan
     if not plan.activations.workspaces:
         return None
-    values = plan_memory(plan.program, plan.policy, plan.activations.sizes)
+    fusions = [replace(fusion, workspace=0) for fusion in plan.activations.fusions]
+    values = plan_memory(plan.program, plan.policy, plan.activations.sizes, fusions=fusions)
     return draw(plan.program, values, overview(plan.program), class_="fit")
 
 
